@@ -1,0 +1,81 @@
+"""The process groups of one layout: the only place that touches megatron-core's parallel state.
+
+Ranks are laid out by megatron-core's order "tp-cp-ep-dp-pp": tensor ranks are neighbours.
+"""
+
+import datetime
+import os
+
+import torch
+import torch.distributed
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_vl.config.schema import ParallelConfig
+from megatron_vl.engine.platform import PLATFORM
+
+# Longer than any first save or data preparation that one rank does while the others wait.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def world_size(parallel: ParallelConfig) -> int:
+    """Ranks that `parallel` asks for."""
+    return parallel.tensor * parallel.pipeline * parallel.context * parallel.data
+
+
+def join_world(
+    *, rank: int | None = None, size: int | None = None, init_method: str = "env://"
+) -> None:
+    """Join torch.distributed as one rank, on this machine's backend.
+
+    Args:
+        rank, size: this rank and how many there are; from RANK and WORLD_SIZE when None.
+        init_method: how ranks find each other, as torch.distributed takes it.
+    """
+    if PLATFORM.device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.distributed.init_process_group(
+        backend=PLATFORM.backend,
+        init_method=init_method,
+        rank=int(os.environ.get("RANK", "0")) if rank is None else rank,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")) if size is None else size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+
+
+def create(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:
+    """Split the joined world into the groups of `parallel`.
+
+    Raises:
+        ValueError: the world has another number of ranks than the layout.
+    """
+    joined = torch.distributed.get_world_size()
+    if joined != world_size(parallel):
+        raise ValueError(
+            f"parallel asks for {world_size(parallel)} ranks (tensor {parallel.tensor} x pipeline "
+            f"{parallel.pipeline} x context {parallel.context} x data {parallel.data}), "
+            f"{joined} joined; set parallel.data so that the product is {joined}"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        create_gloo_process_groups=False,
+    )
+    # Weights are drawn by `engine.initialize`, independent of the layout; this seed only serves
+    # the RNG tracker that megatron-core's constructors insist on.
+    model_parallel_cuda_manual_seed(seed)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def destroy() -> None:
+    """Forget the layout, keep the world: another `create` may follow."""
+    parallel_state.destroy_model_parallel()
+
+
+def leave_world() -> None:
+    """Leave torch.distributed, layout included."""
+    destroy()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

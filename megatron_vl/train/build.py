@@ -1,0 +1,119 @@
+"""From a stage's config to what a rank trains: model, gradient buffers, optimizer."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+
+from megatron_vl.config.schema import Part, Precision, StageConfig
+from megatron_vl.engine.layer_specs import Blocks, blocks_for
+from megatron_vl.engine.platform import PLATFORM
+from megatron_vl.model.vlm import VisionLanguageModel
+from megatron_vl.train.freeze import set_trainable
+
+
+@dataclass
+class Trainee:
+    """What one rank trains.
+
+    Attributes:
+        module: this rank's pipeline stage of the model.
+        wrapped: the same behind gradient buffers (and bfloat16 casts), as the schedules call it.
+        optimizer: AdamW with its state sharded over data-parallel ranks.
+        groups: process groups of the layout.
+        learns: this rank holds at least one trainable parameter.
+        trainable: trainable parameters of each part on this rank.
+    """
+
+    module: VisionLanguageModel
+    wrapped: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    groups: ProcessGroupCollection
+    learns: bool
+    trainable: dict[Part, int]
+
+
+def build_model(
+    config: StageConfig, groups: ProcessGroupCollection, blocks: Blocks | None = None
+) -> VisionLanguageModel:
+    """This rank's pipeline stage, weights not yet drawn or loaded.
+
+    Args:
+        blocks: the layer spec's modules; the platform's when None.
+    """
+    return VisionLanguageModel(
+        config.model,
+        config.parallel,
+        config.precision,
+        blocks or blocks_for(PLATFORM),
+        groups,
+        sequence_length=config.data.sequence_length,
+        pre_process=groups.pp.rank() == 0,
+        post_process=groups.pp.rank() == groups.pp.size() - 1,
+    )
+
+
+def prepare_training(
+    module: VisionLanguageModel, config: StageConfig, groups: ProcessGroupCollection
+) -> Trainee:
+    """Freeze, allocate gradient buffers and make the optimizer.
+
+    Call after the starting weights are in place: the optimizer copies them.
+    """
+    trainable = set_trainable(module, frozenset(config.train.trainable))
+    core_config = module.config
+    inner = Float16Module(core_config, module) if _half(config) else module
+    wrapped = DistributedDataParallel(
+        core_config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=True
+        ),
+        inner,
+        pg_collection=groups,
+    )
+    optimizer_config = _core_optimizer_config(config)
+    optimizer = get_megatron_optimizer(
+        optimizer_config,
+        [wrapped],
+        # megatron-core's standard rule: no weight decay on biases and vectors.
+        config_overrides=get_standard_config_overrides(optimizer_config),
+        use_gloo_process_groups=False,
+        pg_collection=groups,
+    )
+    core_config.finalize_model_grads_func = finalize_model_grads
+    core_config.grad_scale_func = optimizer.scale_loss
+    return Trainee(
+        module=module,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        groups=groups,
+        learns=sum(trainable.values()) > 0,
+        trainable=dict(trainable),
+    )
+
+
+def _half(config: StageConfig) -> bool:
+    return config.precision is not Precision.fp32
+
+
+def _core_optimizer_config(config: StageConfig) -> CoreOptimizerConfig:
+    optimizer = config.optimizer
+    return CoreOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.epsilon,
+        clip_grad=optimizer.clip_grad,
+        bf16=_half(config),
+        params_dtype=torch.bfloat16 if _half(config) else torch.float32,
+        use_distributed_optimizer=True,
+    )

@@ -1,0 +1,198 @@
+"""Distributed checkpoints that load at any layout.
+
+A checkpoint is a folder `step_NNNNNN`, written beside itself as `step_NNNNNN.partial` and renamed
+when every rank has finished, so a folder with a plain name is complete. Tensors are stored in
+global shape by layout-free names; the optimizer state by parameter. `state.json` holds what the
+loop needs to go on: step and data cursor, as readable text.
+
+Trust: megatron-core reads its `.metadata` and `common.pt` with pickle. Load folders you or your
+cluster wrote.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from megatron.core import dist_checkpointing
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_vl.engine import optimizer_state
+from megatron_vl.engine.sharding import checkpoint_metadata
+from megatron_vl.model.vlm import VisionLanguageModel
+from megatron_vl.train.build import Trainee
+
+STATE_FILE = "state.json"
+PARTIAL_SUFFIX = ".partial"
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """Where a stage stands.
+
+    Attributes:
+        stage: name of the stage that wrote the checkpoint.
+        step: optimizer steps done.
+        data_cursor: packs consumed over all ranks.
+        optimizer: the folder holds optimizer state.
+        trainable: parts whose optimizer state it holds.
+    """
+
+    stage: str
+    step: int
+    data_cursor: int
+    optimizer: bool
+    trainable: list[str]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder cannot be used, and why."""
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` steps."""
+    return checkpoints / f"step_{step:06d}"
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The complete checkpoint with the most steps, or None."""
+    complete = [
+        folder
+        for folder in checkpoints.glob("step_*")
+        if folder.suffix != PARTIAL_SUFFIX and (folder / STATE_FILE).is_file()
+    ]
+    return max(complete, key=lambda folder: folder.name, default=None)
+
+
+def read_state(folder: Path) -> LoopState:
+    """The loop state of a checkpoint.
+
+    Raises:
+        CheckpointError: no complete checkpoint is there.
+    """
+    try:
+        return LoopState(**json.loads((folder / STATE_FILE).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} is no complete checkpoint ({error}); a complete one is a step_NNNNNN folder "
+            f"that holds {STATE_FILE}"
+        ) from error
+
+
+def save(folder: Path, trainee: Trainee, state: LoopState) -> None:
+    """Write a checkpoint; every rank calls it, all return when it is complete.
+
+    Args:
+        folder: final place; an older folder of that name is replaced.
+        state: `state.optimizer` says whether the optimizer state goes in.
+    """
+    first = torch.distributed.get_rank() == 0
+    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    torch.distributed.barrier()
+    metadata = checkpoint_metadata(trainee.groups)
+    model_state = trainee.module.sharded_state_dict(metadata=metadata)
+    tree: dict[str, Any] = dict(model_state)
+    if state.optimizer and trainee.learns:
+        tree["optimizer"] = trainee.optimizer.sharded_state_dict(model_state, metadata=metadata)
+    dist_checkpointing.save(tree, str(partial))
+    torch.distributed.barrier()
+    if first:
+        (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n")
+        _sync_to_disk(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    torch.distributed.barrier()
+
+
+def _sync_to_disk(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def load_weights(
+    folder: Path, module: VisionLanguageModel, groups: ProcessGroupCollection
+) -> LoopState:
+    """Load this rank's part of the weights, whatever layout wrote them.
+
+    Raises:
+        CheckpointError: the folder is incomplete or its tensors are not this model's.
+    """
+    state = read_state(folder)
+    metadata = checkpoint_metadata(groups)
+    tree = module.sharded_state_dict(metadata=metadata)
+    wanted = set(tree)
+    loaded = _load(tree, folder)
+    module.load_state_dict({name: loaded[name] for name in wanted})
+    return state
+
+
+def load_optimizer(folder: Path, trainee: Trainee) -> None:
+    """Load the optimizer state that `save` wrote for the same trainable parts.
+
+    Raises:
+        CheckpointError: the checkpoint holds none.
+    """
+    state = read_state(folder)
+    if not state.optimizer:
+        raise CheckpointError(
+            f"{folder} holds weights only; set checkpoint.optimizer=true in the stage that writes "
+            "it, or carry.optimizer=false here"
+        )
+    if not trainee.learns:
+        _load({}, folder)
+        return
+    optimizer_state.allocate(trainee.optimizer)
+    metadata = checkpoint_metadata(trainee.groups)
+    model_state = trainee.module.sharded_state_dict(metadata=metadata)
+    tree = {
+        "optimizer": trainee.optimizer.sharded_state_dict(
+            model_state, is_loading=True, metadata=metadata
+        )
+    }
+    optimizer_state.load(trainee.optimizer, _load(tree, folder)["optimizer"])
+
+
+def _load(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        # megatron-core's reader still names torch's older tensor-storage classes.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        try:
+            return dist_checkpointing.load(tree, str(folder))
+        except dist_checkpointing.core.CheckpointingException as error:
+            raise CheckpointError(
+                f"{folder} does not fit this model: {error}; compare the model section of the "
+                "stage that wrote it"
+            ) from error
+
+
+def full_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every model tensor of a checkpoint in full shape, on the host, by stored name.
+
+    Needs no process group and no model. Optimizer state and extra state are left out.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint import load as dcp_load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    read_state(folder)
+    reader = FileSystemReader(str(folder))
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+    }
+    dcp_load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
