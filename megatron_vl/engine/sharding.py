@@ -11,8 +11,21 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+# The axis of its weight that each kind of layer splits over tensor ranks.
+SPLIT_AXIS: dict[type, int] = {
+    ColumnParallelLinear: 0,
+    RowParallelLinear: 1,
+    VocabParallelEmbedding: 0,
+}
 
 CheckpointMetadata = dict[str, object]
 
@@ -53,3 +66,15 @@ def fill(
     for shard in sharded_tensors(module, groups):
         if wanted(shard.key):
             shard.data.copy_(draw(shard.key, shard.global_shape)[shard.global_slice()])
+
+
+def mark_tensor_parallel(module: MegatronModule) -> None:
+    """Say which weights are split over tensor ranks, so that the gradient norm counts each once.
+
+    megatron-core marks them while it draws them; here they are drawn by name instead
+    (`model.initialize`). Transformer Engine's layers mark their own.
+    """
+    for layer in module.modules():
+        for kind, axis in SPLIT_AXIS.items():
+            if isinstance(layer, kind) and layer.weight is not None:
+                set_tensor_model_parallel_attributes(layer.weight, True, axis, 1)

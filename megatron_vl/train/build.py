@@ -14,6 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_vl.config.schema import Part, Precision, StageConfig
 from megatron_vl.engine.layer_specs import Blocks, blocks_for
 from megatron_vl.engine.platform import PLATFORM
+from megatron_vl.engine.sharding import mark_tensor_parallel
 from megatron_vl.model.vlm import VisionLanguageModel
 from megatron_vl.train.freeze import set_trainable
 
@@ -47,7 +48,7 @@ def build_model(
     Args:
         blocks: the layer spec's modules; the platform's when None.
     """
-    return VisionLanguageModel(
+    module = VisionLanguageModel(
         config.model,
         config.parallel,
         config.precision,
@@ -57,6 +58,8 @@ def build_model(
         pre_process=groups.pp.rank() == 0,
         post_process=groups.pp.rank() == groups.pp.size() - 1,
     )
+    mark_tensor_parallel(module)
+    return module
 
 
 def prepare_training(

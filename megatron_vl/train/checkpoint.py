@@ -177,10 +177,13 @@ def _load(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
             ) from error
 
 
-def full_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every model tensor of a checkpoint in full shape, on the host, by stored name.
+def full_tensors(folder: Path, *, optimizer: bool = False) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint in full shape, on the host, by stored name.
 
-    Needs no process group and no model. Optimizer state and extra state are left out.
+    Needs no process group and no model.
+
+    Args:
+        optimizer: also the optimizer's, named `optimizer.state.KIND.PARAMETER`.
     """
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint import load as dcp_load
@@ -192,7 +195,8 @@ def full_tensors(folder: Path) -> dict[str, Tensor]:
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+        if isinstance(entry, TensorStorageMetadata)
+        and (optimizer or not name.startswith("optimizer."))
     }
     dcp_load(tensors, storage_reader=reader, no_dist=True)
     return tensors

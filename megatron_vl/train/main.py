@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed
 
-from megatron_vl.config.hash import config_hash
+from megatron_vl.config.load import config_hash
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.cost.flops import pack_flops
 from megatron_vl.data.loader import PackLoader

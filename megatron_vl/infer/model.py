@@ -1,0 +1,101 @@
+"""Opens a checkpoint for inference: one process, one rank, whatever layout wrote it."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from megatron_vl.config.load import load_stage
+from megatron_vl.config.schema import ParallelConfig, StageConfig
+from megatron_vl.engine import process_groups
+from megatron_vl.engine.packed import packed_sequence
+from megatron_vl.engine.platform import PLATFORM
+from megatron_vl.model.vlm import VisionLanguageModel
+from megatron_vl.run.folder import RunError, RunFolder
+from megatron_vl.train.build import build_model
+from megatron_vl.train.checkpoint import load_weights
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model with its weights in place, and the stage config it was trained under."""
+
+    module: VisionLanguageModel
+    config: StageConfig
+
+    @torch.no_grad()
+    def last_logits(self, tokens_L: Tensor, tiles_TCHW: Tensor, positions_V: Tensor) -> Tensor:
+        """Logits after the last token of one document, float32 on the host.
+
+        Args:
+            tokens_L: int64 token ids.
+            tiles_TCHW: uint8 tiles.
+            positions_V: int64 position of each visual embedding.
+
+        Returns:
+            (vocab_size,); padding rows of the vocabulary are left out.
+        """
+        device = PLATFORM.device
+        length = tokens_L.shape[0]
+        pack = packed_sequence(
+            torch.zeros(length, dtype=torch.int32),
+            torch.tensor([0, length], dtype=torch.int32),
+            length,
+            device,
+        )
+        logits_BLV = self.module(
+            tokens_L.to(device).unsqueeze(0), tiles_TCHW.to(device), positions_V.to(device), pack
+        )
+        return logits_BLV[0, -1, : self.config.model.vocab_size].float().cpu()
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """The checkpoint folder and the stage config that a path stands for.
+
+    Args:
+        path: a run folder (its last done stage), a stage folder of one, or a checkpoint folder.
+
+    Raises:
+        RunError: nothing there is a finished checkpoint.
+    """
+    run = RunFolder(path)
+    if run.exists():
+        for stage in reversed(run.stages()):
+            receipt = stage.receipt()
+            if receipt is not None and receipt.done:
+                return stage.checkpoint_path(receipt), stage.config_path
+        raise RunError(f"{path}: no stage of this run is done yet; `mvl status {path}` shows it")
+    for folder, stage_path in ((path, path.parent.parent), (None, path)):
+        if not (stage_path / "config.yaml").is_file():
+            continue
+        if folder is not None:
+            return folder, stage_path / "config.yaml"
+        checkpoints = sorted((stage_path / "checkpoints").glob("step_??????"))
+        if checkpoints:
+            return checkpoints[-1], stage_path / "config.yaml"
+    raise RunError(
+        f"{path}: neither a run folder, a stage folder of a run, nor a checkpoint "
+        "(runs/NAME/stages/NN_name/checkpoints/step_NNNNNN)"
+    )
+
+
+@contextlib.contextmanager
+def open_model(path: Path) -> Iterator[OpenModel]:
+    """Load the model a path stands for (see `find_checkpoint`) on this one process."""
+    checkpoint, config_path = find_checkpoint(path)
+    config = load_stage(config_path)
+    config.parallel = ParallelConfig()
+    with TemporaryDirectory(prefix="mvl-") as folder:
+        process_groups.join_world(rank=0, size=1, init_method=f"file://{folder}/world")
+        try:
+            groups = process_groups.create(config.parallel, config.train.seed)
+            module = build_model(config, groups)
+            load_weights(checkpoint, module, groups)
+            module.eval()
+            yield OpenModel(module, config)
+        finally:
+            process_groups.leave_world()
