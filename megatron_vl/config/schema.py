@@ -60,7 +60,8 @@ class DecoderConfig:
     mamba_state_dim: int = MISSING
     """State size N of each state-space channel. [channels; model]"""
     mamba_num_groups: int = MISSING
-    """Groups that share B and C; divides the heads, a multiple of parallel.tensor. [groups; model]"""
+    """Groups that share B and C; divides the heads, a multiple of parallel.tensor. [groups;
+    model]"""
     mamba_chunk_size: int = 128
     """Chunk length of the SSD scan: speed and memory, not results. [tokens; kernels]"""
     norm_epsilon: float = 1e-5
@@ -84,7 +85,8 @@ class EncoderConfig:
     patch_size: int = 16
     """Edge of a square patch; divides data.tile_size. [pixels; model]"""
     position_grid: int = 128
-    """Edge of the learned position table; a tile's grid is cropped from its top left. [patches; model]"""
+    """Edge of the learned position table; a tile's grid is cropped from its top left. [patches;
+    model]"""
     num_prefix_tokens: int = 16
     """Class and register tokens, prepended and dropped after the last layer. [tokens; model]"""
     norm_epsilon: float = 1e-6
@@ -112,7 +114,8 @@ class ModelConfig:
     vocab_size: int = MISSING
     """Tokenizer entries, added special tokens included. [tokens; model, data]"""
     padded_vocab_size: int = MISSING
-    """Rows of the embedding and output matrices; at least vocab_size, a multiple of parallel.tensor. [tokens; model]"""
+    """Rows of the embedding and output matrices; at least vocab_size, a multiple of
+    parallel.tensor. [tokens; model]"""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """The language decoder. [section; model]"""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -126,11 +129,14 @@ class DataConfig:
     """What is read, how it is tiled and packed."""
 
     root: str = MISSING
-    """Folder of the prepared data sets and the tokenizer, relative to the working directory. [path; data]"""
+    """Folder of the prepared data sets and the tokenizer, relative to the working directory. [path;
+    data]"""
     builder: str = "none"
-    """Which recipe `mvl data prepare` runs to fill root: laptop, or none for data made elsewhere. [name; data]"""
+    """Which recipe `mvl data prepare` runs to fill root: laptop, or none for data made elsewhere.
+    [name; data]"""
     blend: dict[str, float] = field(default_factory=dict)
-    """Share of samples drawn from each source under root, relative to the others. [weight by source; data]"""
+    """Share of samples drawn from each source under root, relative to the others. [weight by
+    source; data]"""
     sequence_length: int = MISSING
     """Length every pack is padded to, the most one sample may fill. [tokens; data, model]"""
     tile_size: int = 512
@@ -152,13 +158,16 @@ class ParallelConfig:
     tensor: int = 1
     """Ranks that split every weight matrix. [ranks; engine]"""
     pipeline: int = 1
-    """Ranks that split the decoder's layers; encoder and projector sit on the first. [ranks; engine]"""
+    """Ranks that split the decoder's layers; encoder and projector sit on the first. [ranks;
+    engine]"""
     context: int = 1
     """Ranks that split one sequence. [ranks; engine]"""
     data: int = 1
-    """Ranks that split the global batch; the optimizer state is sharded over them. [ranks; engine]"""
+    """Ranks that split the global batch; the optimizer state is sharded over them. [ranks;
+    engine]"""
     sequence: bool = False
-    """Split activations between tensor ranks along the sequence; needs tensor > 1. [bool; engine]"""
+    """Split activations between tensor ranks along the sequence; needs tensor > 1. [bool;
+    engine]"""
     first_stage_layers: int = 0
     """Decoder layers on the first pipeline stage; 0 splits evenly. [layers; engine]"""
 
@@ -180,7 +189,8 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     """Added to the root of the second moment. [1; train]"""
     weight_decay: float = 0.05
-    """Decoupled decay of matrices; vectors and biases are never decayed. [1 a step, times lr; train]"""
+    """Decoupled decay of matrices; vectors and biases are never decayed. [1 a step, times lr;
+    train]"""
     clip_grad: float = 1.0
     """Largest global L2 norm of the gradient; larger ones are scaled down. [1; train]"""
 
@@ -190,15 +200,18 @@ class TrainConfig:
     """What a stage trains, for how long, and how often it looks up."""
 
     trainable: list[Part] = MISSING
-    """Parts that learn; the others are frozen and carry no gradient or optimizer state. [parts; train]"""
+    """Parts that learn; the others are frozen and carry no gradient or optimizer state. [parts;
+    train]"""
     steps: int = MISSING
     """Optimizer steps of the stage. [steps; train]"""
     global_batch: int = MISSING
-    """Sequences of one step over all ranks; a multiple of parallel.data. [sequences; train, data]"""
+    """Sequences of one step over all ranks; a multiple of parallel.data. [sequences; train,
+    data]"""
     seed: int = 1234
     """Seed of initialisation and of the data order. [integer; train, data]"""
     threads: int = 0
-    """CPU threads of one rank's arithmetic; 0 shares the machine's cores between its ranks. [threads; train]"""
+    """CPU threads of one rank's arithmetic; 0 shares the machine's cores between its ranks.
+    [threads; train]"""
 
 
 @dataclass
@@ -206,7 +219,8 @@ class EvaluationConfig:
     """Held-out loss during training."""
 
     every: int = 0
-    """Steps between evaluations; one always runs after the last step, 0 runs that one only. [steps; train]"""
+    """Steps between evaluations; one always runs after the last step, 0 runs that one only. [steps;
+    train]"""
     batches: int = 1
     """Global batches of the held-out split in one evaluation. [batches; train]"""
 
@@ -216,9 +230,11 @@ class CheckpointConfig:
     """When a stage saves, and what."""
 
     every: int = 0
-    """Steps between saves; one always follows the last step, 0 writes that one only. [steps; train]"""
+    """Steps between saves; one always follows the last step, 0 writes that one only. [steps;
+    train]"""
     optimizer: bool = True
-    """Save the optimizer state with the last step's weights; saves between always hold it. [bool; train]"""
+    """Save the optimizer state with the last step's weights; saves between always hold it. [bool;
+    train]"""
 
 
 @dataclass
@@ -230,7 +246,8 @@ class CarryConfig:
     fresh: list[Part] = field(default_factory=list)
     """Parts drawn anew although weights are carried over. [parts; train]"""
     optimizer: bool = False
-    """Take over the optimizer's moments; the trainable parts must then be the same. [bool; train]"""
+    """Take over the optimizer's moments; the trainable parts must then be the same. [bool;
+    train]"""
     data_cursor: bool = False
     """Go on in the data order where the previous stage stopped. [bool; train]"""
 

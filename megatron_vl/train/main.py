@@ -28,7 +28,7 @@ from megatron_vl.train.schedule import learning_rate
 from megatron_vl.train.start import Start, start_stage
 from megatron_vl.train.step import StepResult, count, evaluate_batch, train_step
 
-VERSIONED = ("megatron_vl", "torch", "megatron-core", "megatron-energon")
+VERSIONED = ("megatron-vl", "torch", "megatron-core", "megatron-energon")
 
 
 @dataclass
@@ -109,8 +109,6 @@ class Loop:
 
     def run(self, attempt: int) -> None:
         """Train to the last step, evaluating and saving on the way."""
-        if self.speaks:
-            self.run_folder.journal.append("started", stage=self.stage.name, attempt=attempt)
         self._say_what_learns()
         while self.step < self.config.train.steps:
             self._one_step()
@@ -247,13 +245,13 @@ class Loop:
                 ended=now(),
             )
         )
-        self.run_folder.journal.append(
-            "ended", stage=self.stage.name, attempt=attempt, status="done"
-        )
 
 
 def _versions() -> dict[str, str]:
     versions = {"python": python_platform.python_version()}
     for name in VERSIONED:
-        versions[name] = importlib.metadata.version(name)
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
     return versions

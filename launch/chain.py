@@ -1,0 +1,289 @@
+"""Runs the selected stages of a run one after another, each on its parent's receipt.
+
+This is the supervisor: in the foreground under `mvl submit --follow`, else a detached process that
+outlives the terminal. It reads the run folder alone. A stage is over when a receipt says so: if the
+ranks ended without one, the supervisor writes it (failed, or incomplete when a person stopped it).
+
+Refuses: to start a stage whose parent is not done or whose parent's checkpoint has changed, and to
+go on past a stage that is not done.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from launch import exit_codes
+from launch.follow import make_watcher
+from launch.local import (
+    GRACE_SECONDS,
+    CommandBuilder,
+    RankGroup,
+    RankResult,
+    describe_end,
+    last_lines,
+    rank_commands,
+)
+from launch.lock import RunLock, holder
+from launch.submission import Selection, load_site, prepare
+from megatron_vl.config.load import config_hash, load_stage
+from megatron_vl.config.schema import StageConfig, WeightSource
+from megatron_vl.run.folder import (
+    ParentError,
+    RunError,
+    RunFolder,
+    StageFolder,
+    require_done_parent,
+)
+from megatron_vl.run.metrics import read_metrics
+from megatron_vl.run.receipt import Receipt, Seconds, Status, now, read_receipt
+
+
+class Cancelled(KeyboardInterrupt):
+    """The supervisor was asked to stop (SIGTERM)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervisor:
+    """Runs stages of one run."""
+
+    run: RunFolder
+    on_tick: Callable[[StageFolder], None] = lambda stage: None
+    """Called a few times a second while a stage runs, to show its progress."""
+    say: Callable[[str], None] = print
+    build_commands: CommandBuilder = rank_commands
+    grace_seconds: float = GRACE_SECONDS
+
+    def run_selected(self) -> int:
+        """Run the selected stages in order until one is not done; returns an exit code."""
+        for name in self.run.plan()["selected"]:
+            stage = self.run.stage(name)
+            receipt = stage.receipt()
+            if receipt is not None and receipt.done:
+                self._refuse_stale(stage, receipt)
+                self.say(f"{name}: done before, at step {receipt.step}; not run again")
+                continue
+            receipt = self.run_stage(stage)
+            if not receipt.done:
+                self.say(f"{name}: {receipt.status}: {receipt.reason}")
+                return exit_codes.BY_STATUS[receipt.status]
+            self.say(f"{name}: done at step {receipt.step}, checkpoint {_short(receipt)}")
+        return exit_codes.OK
+
+    def run_stage(self, stage: StageFolder) -> Receipt:
+        """Make one attempt at one stage. Raises ParentError when it must not start."""
+        config = load_stage(stage.config_path)
+        if needs_parent(config):
+            try:
+                require_done_parent(self.run, stage)
+            except ParentError as error:
+                self.run.journal.append(
+                    "gated", stage=stage.name, decision="hold", reason=str(error)
+                )
+                raise
+        attempt = stage.start_attempt()
+        shutil.copyfile(stage.config_path, stage.attempt_path(attempt) / "config.yaml")
+        commands = self.build_commands(self.run, stage, config, attempt)
+        self.say(f"{stage.name}: attempt {attempt} on {len(commands)} rank(s)")
+        started, clock = now(), time.monotonic()
+        result: RankResult | None = None
+        trouble: BaseException | None = None
+        try:
+            with RankGroup(commands, self.grace_seconds) as group:
+                self.run.journal.append(
+                    "started",
+                    stage=stage.name,
+                    attempt=attempt,
+                    ranks=len(commands),
+                    pids=group.pids,
+                )
+                result = group.wait(lambda: self.on_tick(stage))
+        except BaseException as error:
+            trouble = error
+            if isinstance(error, KeyboardInterrupt):
+                self.run.journal.append("signalled", stage=stage.name, attempt=attempt)
+            raise
+        finally:
+            receipt = stage.receipt()
+            if receipt is None:
+                status, reason = _why(stage, attempt, result, trouble)
+                lost = time.monotonic() - clock
+                receipt = _own_receipt(self.run, stage, config, status, reason, started, lost)
+                stage.write_receipt(receipt)
+            self.run.journal.append(
+                "ended", stage=stage.name, attempt=attempt, status=receipt.status, step=receipt.step
+            )
+        return receipt
+
+    def _refuse_stale(self, stage: StageFolder, receipt: Receipt) -> None:
+        """A done stage counts only while its parent is the one it started from."""
+        parent = self.run.parent(stage)
+        before = parent.receipt() if parent else None
+        if receipt.parent is None or before is None or before.checkpoint is None:
+            return
+        if (
+            receipt.parent.stage == before.stage
+            and receipt.parent.digest != before.checkpoint.digest
+        ):
+            raise ParentError(
+                f"{stage.name} is done, but {before.stage} was trained again since; choose another "
+                f"--run, or remove {stage.path} to train {stage.name} from the new {before.stage}"
+            )
+
+
+def needs_parent(config: StageConfig) -> bool:
+    """Whether a stage takes anything over from the one before it."""
+    carry = config.carry
+    return carry.weights is WeightSource.previous or carry.optimizer or carry.data_cursor
+
+
+def submit(args: Namespace) -> int:
+    """`mvl submit`: prepare the run folder, then run it here (--follow) or in the background."""
+    run = RunFolder(args.run)
+    grace = float(load_site(args.site)["grace_seconds"])
+    lock = RunLock.take(run)
+    selection = Selection(args.first, args.last, tuple(args.skip))
+    selected = prepare(Path(args.recipe), run, selection, args.site, args.overrides)
+    print(f"{run.path}: {len(selected)} stage(s): {', '.join(selected)}", flush=True)
+    run.journal.append("submitted", stages=selected, site=args.site, follow=args.follow)
+    if args.follow:
+        return supervise(run, grace)
+    log = run.path / "supervisor.log"
+    command = [sys.executable, "-m", "launch.cli", "supervise", str(run.path)]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [*command, "--grace", str(grace), "--lock", str(lock.handle)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[lock.handle],
+        )
+    print(f"running in the background as process {process.pid}; its log is {log}")
+    print(f"watch: mvl status {run.path}    stop: mvl cancel {run.path}")
+    return exit_codes.OK
+
+
+def supervise_detached(args: Namespace) -> int:
+    """The hidden command behind a submit without --follow."""
+    RunLock(args.lock).sign()
+    return supervise(RunFolder(args.run), args.grace)
+
+
+def supervise(run: RunFolder, grace_seconds: float) -> int:
+    """Run the plan's selected stages with progress on the terminal or in the log."""
+    with _sigterm_raises(), make_watcher(run) as watcher:
+        supervisor = Supervisor(run, watcher.tick, watcher.say, grace_seconds=grace_seconds)
+        return supervisor.run_selected()
+
+
+def cancel(args: Namespace) -> int:
+    """`mvl cancel`: ask the supervisor of a run to stop, and wait until it has."""
+    run = RunFolder(args.run)
+    run.plan()
+    found = holder(run)
+    if found is None:
+        print(f"{run.path}: nothing is running")
+        return exit_codes.OK
+    pid, host = found
+    if host != platform.node():
+        raise RunError(f"{run.path} is being run on {host} (process {pid}); cancel it there")
+    os.kill(pid, signal.SIGTERM)
+    print(f"{run.path}: asked process {pid} to stop", flush=True)
+    while holder(run) == found:
+        time.sleep(0.2)
+    print(f"{run.path}: stopped")
+    return exit_codes.OK
+
+
+def _why(
+    stage: StageFolder, attempt: int, result: RankResult | None, trouble: BaseException | None
+) -> tuple[Status, str]:
+    """Status and reason of an attempt whose trainer wrote no receipt."""
+    if result is None:
+        if not isinstance(trouble, KeyboardInterrupt):
+            return "failed", f"the supervisor met {type(trouble).__name__}: {trouble}"
+        return "incomplete", "stopped by a person (Ctrl-C, mvl cancel or SIGTERM) before its end"
+    if result.first_failed is None:
+        return "failed", "all ranks exited with status 0, but the trainer wrote no receipt"
+    rank = result.first_failed
+    log = stage.attempt_path(attempt) / f"rank_{rank}.log"
+    ending = f"rank {rank} {describe_end(result.codes[rank])}"
+    tail = last_lines(log)
+    said = (
+        f"; the end of {log.relative_to(stage.path)}:\n{tail}" if tail else "; it printed nothing"
+    )
+    return "failed", ending + said
+
+
+def _own_receipt(
+    run: RunFolder,
+    stage: StageFolder,
+    config: StageConfig,
+    status: Status,
+    reason: str,
+    started: str,
+    lost: float,
+) -> Receipt:
+    """The receipt of an attempt whose trainer left none: no checkpoint, all its time lost."""
+    attempt = stage.last_attempt()
+    earlier = stage.attempt_path(attempt - 1) / "receipt.json"
+    seconds = read_receipt(earlier).seconds if earlier.exists() else Seconds()
+    steps = [line["step"] for line in read_metrics(stage.metrics_path)]
+    return Receipt(
+        run=run.name,
+        stage=stage.name,
+        status=status,
+        reason=reason,
+        step=max(steps, default=0),
+        attempts=attempt,
+        checkpoint=None,
+        parent=None,
+        config_hash=config_hash(config),
+        data_cursor=None,
+        trainable=[part.name for part in config.train.trainable],
+        started=started,
+        ended=now(),
+        seconds=dataclasses.replace(seconds, lost=seconds.lost + lost),
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on, without importing any of it."""
+    found = {"python": platform.python_version()}
+    for package in ("megatron-vl", "torch", "megatron-core", "megatron-energon"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _short(receipt: Receipt) -> str:
+    assert receipt.checkpoint is not None
+    return f"{receipt.checkpoint.path} ({receipt.checkpoint.digest[:12]})"
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """While inside, SIGTERM unwinds the stack as Ctrl-C does, so that ranks are stopped."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise Cancelled
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

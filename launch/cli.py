@@ -1,0 +1,230 @@
+"""The `mvl` command: parses the command line and hands over to the module that does the work.
+
+Modules are imported when their command runs, so that a login node without torch can plan, submit
+and watch, and `mvl status` answers at once. Errors that a user can mend are printed as one message
+without a traceback (MVL_TRACEBACK=1 shows it); exit codes are in docs/exit_codes.md.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from launch import exit_codes
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = build_parser().parse_args(argv)
+    module, _, function = args.handler.partition(":")
+    try:
+        return int(getattr(importlib.import_module(module), function)(args))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return exit_codes.INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exit_codes.OK
+    except Exception as error:
+        code = _code_of(error, args.command)
+        if code == exit_codes.ERROR or os.environ.get("MVL_TRACEBACK") == "1":
+            raise
+        print(f"mvl {args.command}: {error}", file=sys.stderr)
+        return code
+
+
+def _code_of(error: Exception, command: str) -> int:
+    """The exit code of an error a user can mend; ERROR for a defect, which keeps its traceback."""
+    from launch.lock import BusyError
+    from megatron_vl.run.folder import ParentError, RunError
+    from megatron_vl.run.receipt import ReceiptError
+
+    if isinstance(error, ParentError):
+        return exit_codes.HELD
+    if isinstance(error, BusyError):
+        return exit_codes.BUSY
+    if isinstance(error, RunError | ReceiptError):
+        return exit_codes.USAGE
+    is_config_error = type(error).__module__ == "megatron_vl.config.errors"
+    # Inside a rank's arithmetic a ValueError is a defect whose traceback belongs in the log.
+    is_users = isinstance(error, ValueError | FileNotFoundError) and command != "train"
+    return exit_codes.USAGE if is_config_error or is_users else exit_codes.ERROR
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; imports nothing heavy."""
+    parser = argparse.ArgumentParser(
+        prog="mvl", description="Train, launch and release hybrid vision-language models in stages."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run_commands(commands)
+    _add_watch_commands(commands)
+    _add_config_commands(commands)
+    _add_model_commands(commands)
+    return parser
+
+
+def _add_run_commands(commands: Any) -> None:
+    plan = _command(
+        commands, "plan", "launch.plan:main", "Say what would run, and check it.",
+        "mvl plan stages/laptop train.steps=50",
+    )  # fmt: skip
+    _recipe_arguments(plan)
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+
+    submit = _command(
+        commands, "submit", "launch.chain:submit", "Run the stages of a recipe, one after another.",
+        "mvl submit stages/laptop --run runs/demo --until stage1 --follow",
+    )  # fmt: skip
+    _recipe_arguments(submit)
+    submit.add_argument(
+        "--run", required=True, metavar="DIR", help="the run folder, such as runs/a"
+    )
+    submit.add_argument(
+        "--follow", action="store_true", help="run in the foreground and show progress"
+    )
+
+    cancel = _command(
+        commands, "cancel", "launch.chain:cancel", "Stop a run and all its processes.",
+        "mvl cancel runs/demo",
+    )  # fmt: skip
+    cancel.add_argument("run", metavar="RUN")
+
+    train = _command(
+        commands, "train", "launch.train:main", "Train one stage as one rank; `submit` calls this.",
+        "mvl train runs/demo/stages/01_stage0/config.yaml --run runs/demo",
+    )  # fmt: skip
+    train.add_argument("config", metavar="FILE", help="a resolved stage of a run folder")
+    train.add_argument("--run", required=True, metavar="DIR")
+    _override_arguments(train)
+
+    supervise = _command(
+        commands, "supervise", "launch.chain:supervise_detached",
+        "Run what a run folder's plan selects; `submit` starts this in the background.",
+        "mvl supervise runs/demo --lock 3 --grace 15",
+    )  # fmt: skip
+    supervise.add_argument("run", metavar="RUN")
+    supervise.add_argument(
+        "--lock", type=int, required=True, help="inherited file of the run's lock"
+    )
+    supervise.add_argument(
+        "--grace", type=float, required=True, help="seconds from SIGTERM to kill"
+    )
+
+
+def _add_watch_commands(commands: Any) -> None:
+    status = _command(
+        commands, "status", "launch.status:main", "Show how runs, or a run's stages, stand.",
+        "mvl status runs/demo",
+    )  # fmt: skip
+    status.add_argument("run", nargs="?", default="runs", metavar="RUN", help="default: runs")
+    status.add_argument("--json", action="store_true", help="print one JSON value")
+
+    logs = _command(
+        commands, "logs", "launch.logs:main", "Print what a stage printed.",
+        "mvl logs runs/demo stage0 -f",
+    )  # fmt: skip
+    logs.add_argument("run", metavar="RUN")
+    logs.add_argument("stage", metavar="STAGE")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on while the run is running")
+    logs.add_argument("--attempt", type=int, metavar="N", help="default: the latest")
+    logs.add_argument("--rank", type=int, default=0, metavar="R", help="default: 0")
+
+    report = _command(
+        commands, "report", "launch.report:main", "Write RUN/report.html, one self-contained page.",
+        "mvl report runs/demo",
+    )  # fmt: skip
+    report.add_argument("run", metavar="RUN")
+
+
+def _add_config_commands(commands: Any) -> None:
+    config = commands.add_parser("config", help="Look at stage files.")
+    inside = config.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
+    show = _command(
+        inside, "show", "launch.config_commands:show", "Print a stage with everything resolved.",
+        "mvl config show stages/laptop/stage0.yaml optimizer.lr=1e-3",
+    )  # fmt: skip
+    show.add_argument("file", metavar="FILE")
+    show.add_argument("--origins", action="store_true", help="say which file and line set each key")
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+    _override_arguments(show)
+    explain = _command(
+        inside, "explain", "launch.config_commands:explain_key", "Say what a key means and is.",
+        "mvl config explain stages/laptop/stage0.yaml optimizer.lr",
+    )  # fmt: skip
+    explain.add_argument("file", metavar="FILE")
+    explain.add_argument("key", metavar="KEY")
+    _override_arguments(explain)
+    diff = _command(
+        inside, "diff", "launch.config_commands:diff", "List the keys in which two stages differ.",
+        "mvl config diff stages/laptop/stage0.yaml stages/laptop/stage1.yaml",
+    )  # fmt: skip
+    diff.add_argument("a", metavar="A")
+    diff.add_argument("b", metavar="B")
+    _command(
+        inside, "schema", "launch.config_commands:schema", "List every key a stage file may hold.",
+        "mvl config schema",
+    )  # fmt: skip
+
+
+def _add_model_commands(commands: Any) -> None:
+    data = commands.add_parser("data", help="Make the data a recipe reads.")
+    inside = data.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
+    prepare = _command(
+        inside, "prepare", "launch.data_commands:prepare", "Build the data sets of a recipe.",
+        "mvl data prepare stages/laptop",
+    )  # fmt: skip
+    prepare.add_argument("recipe", metavar="STAGES", help="a recipe folder or one stage file")
+    prepare.add_argument("--force", action="store_true", help="build again what is there already")
+    _override_arguments(prepare)
+
+    generate = _command(
+        commands, "generate", "megatron_vl.infer.generate:main", "Ask a trained model.",
+        "mvl generate runs/demo --prompt 'What is this?' --image picture.png --reasoning off",
+    )  # fmt: skip
+    generate.add_argument("checkpoint", metavar="CKPT_OR_RUN", help="a checkpoint or a run folder")
+    asked = generate.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", metavar="P", help="what to ask")
+    asked.add_argument("--held-out", metavar="SOURCE", help="ask held-out samples of this source")
+    generate.add_argument("--image", metavar="F", help="a picture the prompt is about")
+    generate.add_argument("--reasoning", choices=("on", "off"), default="off")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    generate.add_argument("--count", type=int, default=4, metavar="N", help="samples of --held-out")
+
+
+def _command(commands: Any, name: str, handler: str, text: str, example: str) -> Any:
+    """Add a command; `handler` is `module:function`, imported when the command runs."""
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _recipe_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "recipe", metavar="STAGES", help="a recipe folder or one of its stage files"
+    )
+    parser.add_argument("--site", default="local", help="a file of slurm/sites; default: local")
+    parser.add_argument("--from", dest="first", metavar="S", help="the first stage to run")
+    parser.add_argument("--until", dest="last", metavar="S", help="the last stage to run")
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="S", help="leave a stage out; repeatable"
+    )
+    _override_arguments(parser)
+
+
+def _override_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="set keys of every stage, as in a=1 b=2"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Ranks as processes of this machine: started together, watched together, ended together.
+
+Every rank is the leader of its own session, so that ending a rank ends its data workers with it.
+When one rank dies the others wait for it in a collective forever; they are asked to stop (SIGTERM)
+and, after a grace, killed. The same happens when the supervisor itself is interrupted. A supervisor
+that is killed outright cannot do this, so each rank also asks the kernel to be told (see
+`end_with_parent`). What a rank prints goes to `rank_R.log` of the attempt; `log` is rank 0's.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.run.folder import RunFolder, StageFolder
+
+GRACE_SECONDS = 15.0
+_TICK_SECONDS = 0.1
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
+
+
+@dataclass(frozen=True)
+class RankCommand:
+    """What one rank runs."""
+
+    argv: list[str]
+    env: dict[str, str]
+    """Set on top of this process's environment."""
+    log: Path
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """How the ranks of one attempt ended."""
+
+    codes: list[int]
+    """Exit status by rank; negative is the number of the signal that ended it."""
+    first_failed: int | None
+    """The rank that ended wrongly before any other was stopped on its account."""
+
+
+CommandBuilder = Callable[[RunFolder, StageFolder, StageConfig, int], list[RankCommand]]
+
+
+def rank_commands(
+    run: RunFolder, stage: StageFolder, config: StageConfig, attempt: int
+) -> list[RankCommand]:
+    """The commands of one attempt: `mvl train CONFIG --run RUN` for every rank."""
+    ranks = num_ranks(config)
+    argv = [sys.executable, "-m", "launch.cli", "train", str(stage.config_path)]
+    argv += ["--run", str(run.path)]
+    shared = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "MVL_ATTEMPT": str(attempt),
+        "MVL_SUPERVISOR": str(os.getpid()),
+        "OMP_NUM_THREADS": str(config.train.threads or max(1, _num_cores() // ranks)),
+        "PYTHONUNBUFFERED": "1",
+    }
+    folder = stage.attempt_path(attempt)
+    return [
+        RankCommand(
+            argv, {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, folder / f"rank_{r}.log"
+        )
+        for r in range(ranks)
+    ]
+
+
+def num_ranks(config: StageConfig) -> int:
+    """How many processes a stage runs on."""
+    layout = config.parallel
+    return layout.tensor * layout.pipeline * layout.context * layout.data
+
+
+class RankGroup:
+    """The processes of one attempt. A context manager: leaving it leaves no process behind."""
+
+    def __init__(self, commands: Sequence[RankCommand], grace_seconds: float = GRACE_SECONDS):
+        self._commands = list(commands)
+        self._grace_seconds = grace_seconds
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> "RankGroup":
+        try:
+            for command in self._commands:
+                self._processes.append(_start(command))
+        except BaseException:
+            self.stop()
+            raise
+        first = self._commands[0].log
+        link = first.with_name("log")
+        link.unlink(missing_ok=True)
+        link.symlink_to(first.name)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids by rank."""
+        return [process.pid for process in self._processes]
+
+    def wait(self, on_tick: Callable[[], None] = lambda: None) -> RankResult:
+        """Wait until all ranks have ended; as soon as one ends wrongly, stop the others.
+
+        `on_tick` is called a few times a second, from this thread.
+        """
+        first_failed = None
+        while True:
+            codes = [process.poll() for process in self._processes]
+            wrong = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+            if wrong:
+                first_failed = wrong[0]
+                self.stop()
+            if wrong or None not in codes:
+                break
+            on_tick()
+            time.sleep(_TICK_SECONDS)
+        on_tick()
+        return RankResult([process.wait() for process in self._processes], first_failed)
+
+    def stop(self) -> None:
+        """End every rank and its children: SIGTERM, then SIGKILL after the grace."""
+        alive = [process for process in self._processes if process.poll() is None]
+        for process in alive:
+            _signal_group(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + self._grace_seconds
+        while alive and time.monotonic() < deadline:
+            time.sleep(_TICK_SECONDS / 2)
+            alive = [process for process in alive if process.poll() is None]
+        for process in self._processes:
+            _signal_group(process.pid, signal.SIGKILL)  # workers that outlived their rank too
+            process.wait()
+
+
+def end_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when its supervisor dies. Linux; else nothing.
+
+    Called by a rank as it starts. Covers the moment before the call: a rank whose supervisor is
+    already gone ends at once.
+    """
+    supervisor = os.environ.get("MVL_SUPERVISOR")
+    if supervisor is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != int(supervisor):
+        sys.exit("the supervisor of this rank has gone away; ending")
+
+
+def describe_end(code: int) -> str:
+    """An exit status in words."""
+    if code >= 0:
+        return f"exited with status {code}"
+    name = signal.Signals(-code).name
+    hint = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"
+
+
+def last_lines(path: Path, count: int = 15) -> str:
+    """The last lines of a log, without blank ones; empty when there is no log."""
+    if not path.exists():
+        return ""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([line.rstrip() for line in lines if line.strip()][-count:])
+
+
+def _start(command: RankCommand) -> "subprocess.Popen[bytes]":
+    command.log.parent.mkdir(parents=True, exist_ok=True)
+    with command.log.open("wb") as log:
+        return subprocess.Popen(
+            command.argv,
+            env={**os.environ, **command.env},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

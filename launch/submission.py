@@ -1,0 +1,177 @@
+"""From a recipe and a command line to a run folder that a supervisor can run without asking.
+
+`prepare` resolves every stage, checks that the selection and what the run already holds fit
+together, and writes `plan.yaml` and each selected stage's `config.yaml`. From then on the run
+folder is the only source: editing the recipe does not change a run under way.
+
+Refuses: a run made from other stages; a changed configuration of a stage that is already done.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.local import num_ranks
+from megatron_vl.config.errors import ConfigError
+from megatron_vl.config.load import config_hash, differences, load_recipe, load_stage, to_yaml
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.run import atomic
+from megatron_vl.run.folder import RunError, RunFolder, StageFolder
+from megatron_vl.run.receipt import now
+
+Stages = list[tuple[str, Path, StageConfig]]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which stages of a recipe are run; None is no bound."""
+
+    first: str | None = None
+    last: str | None = None
+    skip: tuple[str, ...] = ()
+
+
+def select(names: Sequence[str], selection: Selection) -> list[str]:
+    """The selected names, in order. Raises ConfigError for a name the recipe lacks or for none."""
+    for option, name in [
+        ("--from", selection.first),
+        ("--until", selection.last),
+        *(("--skip", name) for name in selection.skip),
+    ]:
+        if name is not None and name not in names:
+            raise ConfigError(f"{option} {name}: no such stage; there are {', '.join(names)}")
+    start = names.index(selection.first) if selection.first else 0
+    end = names.index(selection.last) + 1 if selection.last else len(names)
+    chosen = [name for name in names[start:end] if name not in selection.skip]
+    if not chosen:
+        raise ConfigError(
+            f"--from {selection.first}, --until {selection.last} and --skip "
+            f"{' '.join(selection.skip)} leave no stage; there are {', '.join(names)}"
+        )
+    return chosen
+
+
+def open_recipe(
+    path: Path, selection: Selection, overrides: Sequence[str]
+) -> tuple[Path, Stages, Selection]:
+    """Load a recipe folder; a stage file selects itself from the folder it lies in."""
+    if path.is_file():
+        if selection != Selection():
+            raise ConfigError(f"{path} is one stage; --from, --until and --skip need a folder")
+        selection = Selection(path.stem, path.stem)
+        path = path.parent
+    return path, load_recipe(path, overrides), selection
+
+
+def prepare(
+    recipe: Path,
+    run: RunFolder,
+    selection: Selection,
+    site: str,
+    overrides: Sequence[str] = (),
+) -> list[str]:
+    """Write the run folder and return the names of the selected stages.
+
+    Raises ConfigError for a recipe or selection that cannot be run, RunError for a run folder that
+    holds something else.
+    """
+    folder, stages, selection = open_recipe(recipe, selection, overrides)
+    selected = select([name for name, _, _ in stages], selection)
+    plan = _plan(run, folder, stages, selected, selection, site, overrides)
+    if run.exists():
+        _refuse_other_stages(run, plan)
+    configs = {name: config for name, _, config in stages}
+    folders = {
+        entry["name"]: StageFolder(run.path / "stages" / entry["folder"], entry["name"])
+        for entry in plan["stages"]
+    }
+    problems = [
+        problem
+        for name in selected
+        if (problem := _changed_when_done(run, folders[name], configs[name]))
+    ]
+    if problems:
+        raise RunError("\n".join(problems))
+    run.create(plan)
+    for name in selected:
+        atomic.write_text(folders[name].config_path, to_yaml(configs[name]))
+    run.journal.append("planned", recipe=str(folder), stages=selected, overrides=list(overrides))
+    return selected
+
+
+def _plan(
+    run: RunFolder,
+    folder: Path,
+    stages: Stages,
+    selected: list[str],
+    selection: Selection,
+    site: str,
+    overrides: Sequence[str],
+) -> dict[str, Any]:
+    earlier = run.plan()["stages"] if run.exists() else []
+    skipped = {entry["name"] for entry in earlier if entry["skipped"]}
+    entries = [
+        {
+            "name": name,
+            "folder": f"{index:02d}_{name}",
+            "source": str(path),
+            "config_hash": config_hash(config),
+            "steps": config.train.steps,
+            "ranks": num_ranks(config),
+            "skipped": name in selection.skip or (name in skipped and name not in selected),
+        }
+        for index, (name, path, config) in enumerate(stages)
+    ]
+    return {
+        "schema": 1,
+        "run": run.name,
+        "created": now(),
+        "recipe": str(folder),
+        "site": site,
+        "overrides": list(overrides),
+        "selected": selected,
+        "stages": entries,
+    }
+
+
+def _refuse_other_stages(run: RunFolder, plan: dict[str, Any]) -> None:
+    """A run keeps its stages: their folders are numbered, and receipts name their parents."""
+    earlier = run.plan()
+    before = [entry["name"] for entry in earlier["stages"]]
+    after = [entry["name"] for entry in plan["stages"]]
+    if before != after:
+        raise RunError(
+            f"{run.path} was made from {earlier['recipe']} with the stages {', '.join(before)}; "
+            f"{plan['recipe']} has {', '.join(after)}. Choose another --run"
+        )
+
+
+def _changed_when_done(run: RunFolder, stage: StageFolder, config: StageConfig) -> str | None:
+    """What is wrong with running `config` where a done stage lies, if anything is."""
+    receipt = stage.receipt()
+    if receipt is None or not receipt.done or receipt.config_hash == config_hash(config):
+        return None
+    changed = differences(load_stage(stage.config_path), config)
+    listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
+    return (
+        f"{stage.name} of {run.path} is done with another configuration ({listed}). Choose another "
+        "--run to train it anew, or --from a later stage to go on from it as it is"
+    )
+
+
+def load_site(name: str) -> dict[str, Any]:
+    """A site by name (`slurm/sites/NAME.yaml`) or by file. Raises ConfigError when unknown."""
+    sites = Path(__file__).resolve().parent.parent / "slurm" / "sites"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else sites / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in sites.glob("*.yaml")))
+        raise ConfigError(f"--site {name}: no file {path}; the sites are {known}")
+    site = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if site.get("launcher") != "local":
+        raise ConfigError(
+            f"{path}: launcher is {site.get('launcher')!r}, this release knows: local"
+        )
+    return site

@@ -1,0 +1,258 @@
+"""From stage files to a resolved, checked `StageConfig`.
+
+A stage file is YAML; `base:` names a file it builds on, relative to itself, and that file may name
+another. Files are applied from the root of that chain to the stage, then `key=value` overrides, and
+the last word wins. A list or mapping value (`train.trainable`, `data.blend`) is replaced as a
+whole, never merged: what a stage file says is all there is.
+
+Refuses, naming file, line, key and the nearest valid value: unknown and repeated keys, values of
+the wrong type, missing mandatory keys, a circle of bases, `${...}` interpolation (a resolved file
+must mean the same everywhere), and whatever `check.py` refuses. All problems come in one error.
+"""
+
+import enum
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_vl.config.check import check_recipe, check_stage
+from megatron_vl.config.errors import ConfigError
+from megatron_vl.config.fields import leaf_fields, nearest_key, owner
+from megatron_vl.config.read_yaml import read_mapping
+from megatron_vl.config.schema import StageConfig
+
+DEFAULT_ORIGIN = "default"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The values one file or override sets, by dotted key, and where each was written."""
+
+    values: dict[str, Any]
+    origins: dict[str, str]
+
+
+def load_stage(path: Path | str, overrides: Sequence[str] = ()) -> StageConfig:
+    """Load one stage file with its bases and overrides. Raises ConfigError."""
+    return load_with_origins(Path(path), overrides)[0]
+
+
+def load_with_origins(
+    path: Path, overrides: Sequence[str] = ()
+) -> tuple[StageConfig, dict[str, str]]:
+    """As `load_stage`, with the place that set each key: `file:line`, an override, or `default`."""
+    layers, problems = _file_layers(path)
+    for text in overrides:
+        layer, found = _override_layer(text)
+        layers.append(layer)
+        problems += found
+    merged = OmegaConf.structured(StageConfig)
+    origins = dict.fromkeys(leaf_fields(), DEFAULT_ORIGIN)
+    for layer in layers:
+        for key, value in layer.values.items():
+            problem = _set(merged, key, value, layer.origins[key])
+            if problem:
+                problems.append(problem)
+            origins[key] = layer.origins[key]
+    if problems:
+        raise ConfigError(problems)
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise ConfigError(f"{path}: these keys must be given a value: {', '.join(missing)}")
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, StageConfig)
+    broken = check_stage(config)
+    if broken:
+        raise ConfigError([f"{path}: {text}" for text in broken])
+    return config, origins
+
+
+def load_recipe(
+    folder: Path | str, overrides: Sequence[str] = ()
+) -> list[tuple[str, Path, StageConfig]]:
+    """Load every stage of a recipe folder, in the order they run: (name, file, config).
+
+    `init` comes first, then the others by name with numbers in numeric order. Files whose name
+    starts with `base` are not stages. `folder` may also be one stage file, a recipe of one stage.
+    Raises ConfigError with the problems of all stages, those between stages included.
+    """
+    folder = Path(folder)
+    stages: list[tuple[str, Path, StageConfig]] = []
+    problems: list[str] = []
+    for path in stage_files(folder):
+        try:
+            config = load_stage(path, overrides)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if config.name != path.stem:
+            problems.append(
+                f"{path}: name is {config.name!r}, but a stage is named after its file: "
+                f"set `name: {path.stem}`"
+            )
+        stages.append((config.name, path, config))
+    if not problems:
+        problems = check_recipe([config for _, _, config in stages], whole=folder.is_dir())
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return stages
+
+
+def stage_files(folder: Path) -> list[Path]:
+    """The stage files of a recipe folder in the order they run. Raises ConfigError when none is."""
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such recipe folder or stage file")
+    files = [path for path in folder.glob("*.yaml") if not path.stem.startswith("base")]
+    if not files:
+        raise ConfigError(f"{folder}: holds no stage file (*.yaml other than base*.yaml)")
+    return sorted(files, key=lambda path: _run_order(path.stem))
+
+
+def to_plain(config: StageConfig) -> dict[str, Any]:
+    """The config as nested dicts of YAML and JSON values; enums become their names."""
+    return _plain(asdict(config))
+
+
+def to_yaml(config: StageConfig) -> str:
+    """The resolved config as YAML: a stage file without a base that loads to an equal config."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+def config_hash(config: StageConfig) -> str:
+    """Twelve hex digits that change when any value of the config does."""
+    canonical = json.dumps(to_plain(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def flatten(config: StageConfig) -> dict[str, Any]:
+    """The config's values by dotted key, in the order of the schema; enums become their names."""
+    plain = to_plain(config)
+    return {key: _dig(plain, key) for key in leaf_fields()}
+
+
+def differences(old: StageConfig, new: StageConfig) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ, with both values."""
+    before, after = flatten(old), flatten(new)
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def _file_layers(path: Path) -> tuple[list[Layer], list[str]]:
+    """The layers of a file and its bases, the root of the chain first."""
+    layers: list[Layer] = []
+    problems: list[str] = []
+    seen: list[Path] = []
+    current: Path | None = path
+    while current is not None:
+        if current.resolve() in [other.resolve() for other in seen]:
+            circle = " -> ".join(str(other) for other in [*seen, current])
+            raise ConfigError(f"{path}: `base:` goes round in a circle: {circle}")
+        seen.append(current)
+        mapping, lines = read_mapping(current)
+        base = mapping.pop("base", None)
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"{current}: base is {base!r}, expected the name of a file")
+        layer, found = _layer(mapping, lines, current)
+        layers.insert(0, layer)
+        problems += found
+        current = None if base is None else Path(os.path.normpath(current.parent / base))
+        if current is not None and not current.is_file():
+            raise ConfigError(f"{seen[-1]}: base {base!r} does not exist ({current})")
+    return layers, problems
+
+
+def _layer(mapping: dict, lines: dict[str, int], path: Path) -> tuple[Layer, list[str]]:
+    layer = Layer({}, {})
+    problems: list[str] = []
+
+    def visit(section: dict, prefix: str) -> None:
+        for name, value in section.items():
+            key = f"{prefix}{name}"
+            origin = f"{path}:{lines[key]}"
+            field = owner(key)
+            if field is None:
+                problems.append(_unknown(key, origin))
+            elif field.is_section:
+                if isinstance(value, dict):
+                    visit(value, key + ".")
+                elif value is not None:
+                    problems.append(_wrong_type(key, value, origin))
+            else:
+                layer.values[key] = value
+                layer.origins[key] = origin
+
+    visit(mapping, "")
+    return layer, problems
+
+
+def _override_layer(text: str) -> tuple[Layer, list[str]]:
+    """The layer of one `key=value` argument; the value is YAML."""
+    key, equals, written = text.partition("=")
+    key, origin = key.strip(), f"override {text!r}"
+    nothing = Layer({}, {})
+    if not equals or not key:
+        return nothing, [f"{origin}: expected key=value, such as optimizer.lr=1e-4"]
+    field = owner(key)
+    if field is None:
+        return nothing, [_unknown(key, origin)]
+    try:
+        value = yaml.safe_load(written)
+    except yaml.YAMLError:
+        return nothing, [f"{origin}: {written!r} is not a YAML value, expected {field.expected}"]
+    if field.is_section:
+        return nothing, [f"{origin}: {key} is a section; set its keys: {key}.KEY=value"]
+    return Layer({key: value}, {key: origin}), []
+
+
+def _set(merged: Any, key: str, value: Any, origin: str) -> str | None:
+    """Set one key; returns the problem when its type forbids the value."""
+    if "${" in str(value):
+        return f"{origin}: {key} holds {value!r}; `${{...}}` is not supported, write the value"
+    try:
+        OmegaConf.update(merged, key, value, merge=False)
+    except (OmegaConfBaseException, TypeError, ValueError):
+        return _wrong_type(key, value, origin)
+    return None
+
+
+def _unknown(key: str, origin: str) -> str:
+    return f"{origin}: unknown key {key!r}; the nearest valid key is {nearest_key(key)!r}"
+
+
+def _wrong_type(key: str, value: Any, origin: str) -> str:
+    field = owner(key)
+    assert field is not None
+    expected = field.expected if field.key == key else "a number"
+    return f"{origin}: {key} is {value!r}, expected {expected}"
+
+
+def _run_order(name: str) -> tuple:
+    words = re.split(r"(\d+)", name)
+    return (name != "init", [int(word) if word.isdigit() else word for word in words])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _dig(plain: dict[str, Any], key: str) -> Any:
+    value: Any = plain
+    for name in key.split("."):
+        value = value[name]
+    return value

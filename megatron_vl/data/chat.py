@@ -1,0 +1,271 @@
+"""Conversations to tokens, with what is trained on.
+
+`encode_conversation` builds the token row of a conversation directly; `chat_template.jinja` beside
+this file says the same as text, for servers and Hugging Face folders. A test holds the two
+together.
+
+The rules:
+- turns are `<SPECIAL_10>System\\n...\\n`, `<SPECIAL_11>User\\n...\\n` and
+  `<SPECIAL_11>Assistant\\n...\\n<SPECIAL_12>\\n`; a system turn is always there, empty if none is
+  given;
+- `/think` and `/no_think` in a system or user turn choose the reasoning mode, the last one wins,
+  and both are removed from the text;
+- an assistant turn opens with what a generation prompt opens with: `<think>\\n` where a trace
+  follows, `<think></think>` where none does. Only the last turn of a conversation keeps its trace;
+- trained on is what the model itself has to write: the assistant's text after that opening, up to
+  and with `<SPECIAL_12>`. Opening and text are tokenised apart, as they are in generation.
+
+Messages are those of the Nemotron VLM dataset v2: `{"role", "content"}`, content a string or a list
+of parts `{"type": "text", "text"}` and `{"type": "image", ...}`. Unknown roles and part types are
+refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from megatron_vl.data.tokenizer import (
+    END_OF_TURN,
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    SPEAKER,
+    SYSTEM,
+    Tokenizer,
+)
+from megatron_vl.sequence.layout import UNSUPERVISED, Document
+
+Message = Mapping[str, Any]
+
+TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
+OPEN_TRACE = "<think>\n"
+NO_TRACE = "<think></think>"
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a conversation that is tokenised on its own.
+
+    kind: "text", "special" (text names the token) or "image".
+    turn: number of the assistant turn that is trained on it, or UNSUPERVISED.
+    """
+
+    kind: str
+    text: str = ""
+    turn: int = UNSUPERVISED
+
+
+def content_parts(message: Message) -> list[tuple[str, str]]:
+    """The parts of a message as ("text", text) and ("image", "") pairs.
+
+    Raises:
+        ValueError: an unknown role or part type, or an image outside a system or user turn.
+    """
+    role = message.get("role")
+    if role not in ROLES:
+        raise ValueError(f"a message has the role {role!r}; it must be one of {', '.join(ROLES)}")
+    content = message["content"]
+    if isinstance(content, str):
+        return [("text", content)]
+    parts: list[tuple[str, str]] = []
+    for part in content:
+        kind = part.get("type")
+        if kind == "text":
+            parts.append(("text", part["text"]))
+        elif kind == "image" and role != "assistant":
+            parts.append(("image", ""))
+        else:
+            raise ValueError(
+                f"a part of a {role} message has the type {kind!r}; text is allowed everywhere, "
+                "image in system and user messages"
+            )
+    return parts
+
+
+def count_images(messages: Sequence[Message]) -> int:
+    """Images of a conversation."""
+    return sum(kind == "image" for message in messages for kind, _ in content_parts(message))
+
+
+def reasoning_mode(messages: Sequence[Message], default: bool = True) -> bool:
+    """Whether the last `/think` or `/no_think` of the system and user turns asks for a trace."""
+    mode = default
+    for message in messages:
+        if message["role"] == "assistant":
+            continue
+        text = "".join(text if kind == "text" else " " for kind, text in content_parts(message))
+        text = text.replace("</think>", "")
+        on, off = text.rfind("/think"), text.rfind("/no_think")
+        if on != off:
+            mode = on > off
+    return mode
+
+
+def split_trace(text: str) -> tuple[str, str]:
+    """The trace and the answer of an assistant text; the trace is empty if there is none."""
+    head, mark, tail = text.strip().partition("</think>")
+    if not mark:
+        return "", head
+    return head.replace("<think>", "").strip(), tail.strip()
+
+
+def _without_switches(parts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Parts without `/think` and `/no_think`, trimmed at both ends of the turn."""
+    cleaned: list[tuple[str, str]] = []
+    for kind, text in parts:
+        text = text.replace("</think>", "\0").replace("/no_think", "").replace("/think", "")
+        text = text.replace("\0", "</think>")
+        if kind == "text" and cleaned and cleaned[-1][0] == "text":
+            cleaned[-1] = ("text", cleaned[-1][1] + text)
+        else:
+            cleaned.append((kind, text))
+    if cleaned and cleaned[0][0] == "text":
+        cleaned[0] = ("text", cleaned[0][1].lstrip())
+    if cleaned and cleaned[-1][0] == "text":
+        cleaned[-1] = ("text", cleaned[-1][1].rstrip())
+    return cleaned
+
+
+def _prompt_turn(opening: str, parts: Sequence[tuple[str, str]]) -> list[Piece]:
+    """Pieces of a system or user turn after its role token; text between images is one piece."""
+    pieces: list[Piece] = []
+    text = opening
+    for kind, content in _without_switches(parts):
+        if kind == "text":
+            text += content
+        else:
+            pieces += [Piece("text", text), Piece("image")]
+            text = ""
+    return [*pieces, Piece("text", text + "\n")]
+
+
+def _assistant_turn(text: str, turn: int, keep_trace: bool) -> list[Piece]:
+    trace, answer = split_trace(text)
+    if trace and keep_trace:
+        opening, body = OPEN_TRACE, f"{trace}\n</think>\n\n{answer}\n"
+    else:
+        opening, body = NO_TRACE, f"{answer}\n"
+    return [
+        Piece("special", SPEAKER),
+        Piece("text", "Assistant\n" + opening),
+        Piece("text", body, turn),
+        Piece("special", END_OF_TURN, turn),
+        Piece("text", "\n"),
+    ]
+
+
+def conversation_pieces(
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    reasoning: bool = True,
+) -> list[Piece]:
+    """A conversation as pieces to tokenise, in order.
+
+    Args:
+        messages: a system message may stand first only.
+        add_generation_prompt: open an assistant turn at the end.
+        reasoning: mode of that turn where no message switches it.
+
+    Raises:
+        ValueError: a system message that is not the first.
+    """
+    roles = [message.get("role") for message in messages]
+    if "system" in roles[1:]:
+        raise ValueError(f"message {roles.index('system', 1)} is a system message; only 0 may be")
+    system = content_parts(messages[0]) if roles[:1] == ["system"] else []
+    pieces = [Piece("special", SYSTEM), *_prompt_turn("System\n", system)]
+    assistant = [index for index, role in enumerate(roles) if role == "assistant"]
+    last = assistant[-1] if assistant and not add_generation_prompt else -1
+    for index, message in enumerate(messages):
+        parts = content_parts(message)
+        if message["role"] == "user":
+            pieces += [Piece("special", SPEAKER), *_prompt_turn("User\n", parts)]
+        elif message["role"] == "assistant":
+            text = "".join(text for _, text in parts)
+            pieces += _assistant_turn(text, assistant.index(index), index == last)
+    if add_generation_prompt:
+        opening = OPEN_TRACE if reasoning_mode(messages, reasoning) else NO_TRACE
+        pieces += [Piece("special", SPEAKER), Piece("text", "Assistant\n" + opening)]
+    return pieces
+
+
+def encode_pieces(
+    pieces: Sequence[Piece], tokenizer: Tokenizer, image_token_counts: Sequence[int]
+) -> Document:
+    """Tokens of pieces; image i takes image_token_counts[i] `<image>` tokens between its two tags.
+
+    Raises:
+        ValueError: the number of images and of counts differ.
+    """
+    images = sum(piece.kind == "image" for piece in pieces)
+    if images != len(image_token_counts):
+        raise ValueError(
+            f"the conversation has {images} images, token counts were given for "
+            f"{len(image_token_counts)}"
+        )
+    texts = [piece.text for piece in pieces if piece.kind == "text"]
+    encoded = iter(tokenizer.encode_batch(texts))
+    counts = iter(image_token_counts)
+    tokens: list[int] = []
+    turns: list[int] = []
+    visual: list[int] = []
+    for piece in pieces:
+        if piece.kind == "text":
+            ids = next(encoded)
+        elif piece.kind == "special":
+            ids = [tokenizer.id_of(piece.text)]
+        else:
+            count = next(counts)
+            start = len(tokens) + 1
+            visual += range(start, start + count)
+            ids = [
+                tokenizer.id_of(IMAGE_START),
+                *([tokenizer.id_of(IMAGE)] * count),
+                tokenizer.id_of(IMAGE_END),
+            ]
+        tokens += ids
+        turns += [piece.turn] * len(ids)
+    return Document(
+        tokens_N=np.array(tokens, dtype=np.int64),
+        turn_ids_N=np.array(turns, dtype=np.int32),
+        visual_positions_V=np.array(visual, dtype=np.int64),
+    )
+
+
+def encode_conversation(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    image_token_counts: Sequence[int] = (),
+    *,
+    add_generation_prompt: bool = False,
+    reasoning: bool = True,
+) -> Document:
+    """A conversation as tokens, turn ids and visual positions. See `conversation_pieces`."""
+    pieces = conversation_pieces(
+        messages, add_generation_prompt=add_generation_prompt, reasoning=reasoning
+    )
+    return encode_pieces(pieces, tokenizer, image_token_counts)
+
+
+@lru_cache(maxsize=1)
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(keep_trailing_newline=False)
+    return environment.from_string(TEMPLATE_PATH.read_text(encoding="utf-8"))
+
+
+def render_template(
+    messages: Sequence[Message], *, add_generation_prompt: bool = False, reasoning: bool = True
+) -> str:
+    """The conversation as chat_template.jinja renders it; an image is one `<image>`."""
+    return _template().render(
+        messages=messages,
+        add_generation_prompt=add_generation_prompt,
+        enable_thinking=reasoning,
+    )

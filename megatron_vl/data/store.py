@@ -1,0 +1,136 @@
+"""Samples of a prepared source, by key.
+
+Energon serves storage: its index of each tar (`index.sqlite`) finds any member without reading the
+others, and holds the sizes of the media. Order is not energon's business here: which sample comes
+when is decided by `plan.py`.
+
+Reads are thread-safe (a fresh file handle each) and take about 0.2 ms.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.energon.cache.file_store import WebdatasetFileStore
+from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta, get_info_shard_files
+
+from megatron_vl.data.prepare import SPLITS
+from megatron_vl.data.tiling import image_size
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation.
+
+    messages: v2 form; see `chat.py`.
+    read_media: bytes of a medium by the name its part gives.
+    """
+
+    key: str
+    source: str
+    messages: list[dict[str, Any]]
+    read_media: Callable[[str], bytes]
+
+    def image_parts(self) -> list[dict[str, Any]]:
+        """The image parts of all messages, in order."""
+        return [
+            part
+            for message in self.messages
+            if not isinstance(message["content"], str)
+            for part in message["content"]
+            if part["type"] == "image"
+        ]
+
+    def images(self) -> list[bytes]:
+        """The encoded images, in order."""
+        return [self.read_media(part["image"]) for part in self.image_parts()]
+
+
+def missing_root(root: Path) -> FileNotFoundError:
+    """The error of data that was never built."""
+    return FileNotFoundError(
+        f"no prepared data at {root}; make it with `mvl data prepare RECIPE`, for example "
+        "`mvl data prepare stages/laptop`"
+    )
+
+
+class SourceStore:
+    """One split of one source under a data root.
+
+    Raises:
+        FileNotFoundError: the root does not exist.
+        ValueError: the root has no such source, or the source has no samples in the split.
+    """
+
+    def __init__(self, root: Path | str, source: str, split: str):
+        root = Path(root)
+        if not root.is_dir():
+            raise missing_root(root)
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; there are {' and '.join(SPLITS)}")
+        self.source, self.split, self.folder = source, split, root / source
+        if not (self.folder / ".nv-meta" / "index.sqlite").is_file():
+            found = sorted(path.parent.name for path in root.glob("*/.nv-meta"))
+            raise ValueError(
+                f"data.blend names {source!r}, which is no prepared source under {root}; "
+                f"found: {', '.join(found) or 'none'}"
+            )
+        path = EPath(self.folder)
+        self._files = WebdatasetFileStore(path)
+        chosen = {
+            shard.name
+            for shard in WebdatasetMeta.from_config(
+                path=path, split_part=split, split_config="split.yaml"
+            ).shards
+        }
+        shards = get_info_shard_files(path)
+        self.keys: tuple[str, ...] = tuple(
+            key for key, _, shard in self._files.list_all_samples() if shards[shard] in chosen
+        )
+        """Keys of the split, in the order of its shards."""
+        if not self.keys:
+            raise ValueError(f"{self.folder} has no samples in its {split} split")
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever the source is prepared again."""
+        return (self.folder / ".nv-meta" / "index.uuid").read_text(encoding="utf-8").strip()
+
+    def _read(self, name: str) -> bytes:
+        return self._files[name][0]
+
+    def sample(self, key: str) -> Sample:
+        """The sample of a key.
+
+        Raises:
+            KeyError: no such key.
+            ValueError: its row is no conversation.
+        """
+        row = json.loads(self._read(f"{key}.json"))
+        messages = row.get("messages") if isinstance(row, dict) else None
+        if not isinstance(messages, list) or not messages:
+            raise ValueError(f"{self.folder}: {key}.json holds no list `messages`")
+        return Sample(key, self.source, messages, self._read)
+
+    def image_sizes(self, sample: Sample) -> list[tuple[int, int]]:
+        """Width and height of each upright image: from its part, or else from its header."""
+        sizes = []
+        for part in sample.image_parts():
+            known = part.get("metadata") or {}
+            if "width" in known and "height" in known:
+                sizes.append((int(known["width"]), int(known["height"])))
+            else:
+                sizes.append(image_size(self._read(part["image"])))
+        return sizes
+
+    def close(self) -> None:
+        """Close the index."""
+        self._files.close()
+
+
+def open_sources(root: Path | str, sources: Sequence[str], split: str) -> dict[str, SourceStore]:
+    """The stores of several sources. See `SourceStore` for what it raises."""
+    return {source: SourceStore(root, source, split) for source in sources}

@@ -1,0 +1,59 @@
+"""The journal of a run: one JSON line an event, only ever appended to.
+
+Receipts say how things stand, the journal how they came to. Several processes may append at once:
+each event is one write to a file opened with O_APPEND, which the system does not interleave.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_vl.run.receipt import now
+
+EVENTS = (
+    "planned", "submitted", "started", "saved", "signalled", "requeued", "ended", "gated",
+    "overridden",
+)  # fmt: skip
+
+
+class Journal:
+    """Appends to and reads one `journal.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(
+        self,
+        event: str,
+        *,
+        stage: str | None = None,
+        attempt: int | None = None,
+        job: str | None = None,
+        **fields: Any,
+    ) -> None:
+        """Append one event with the time; `job` defaults to the Slurm job this process runs in."""
+        if event not in EVENTS:
+            raise ValueError(f"no event {event!r}; the journal knows {', '.join(EVENTS)}")
+        record = {
+            "time": now(),
+            "event": event,
+            "stage": stage,
+            "attempt": attempt,
+            "job": job or os.environ.get("SLURM_JOB_ID"),
+            **fields,
+        }
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All events, oldest first; a line cut short by a crash is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]

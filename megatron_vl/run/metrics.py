@@ -1,0 +1,78 @@
+"""The measurements of a stage, `metrics.jsonl`: one object a step, evaluation lines among them.
+
+Step lines hold `step, loss, lr, grad_norm, tokens, samples, tokens_per_s, tflops, mfu, seconds`;
+evaluation lines hold `eval` (the name of the held-out set), `step` and `loss`. Floats are written
+with every digit they have, so that two runs can be compared bit by bit. JSON has no infinities, so
+NaN and infinities are written as the strings "NaN", "Infinity" and "-Infinity" and read back.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+STEP_KEYS = (
+    "step", "loss", "lr", "grad_norm", "tokens", "samples", "tokens_per_s", "tflops", "mfu",
+    "seconds",
+)  # fmt: skip
+EVAL_KEYS = ("eval", "step", "loss")
+_SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one line. Raises ValueError when a key of the contract is missing."""
+    needed = EVAL_KEYS if "eval" in record else STEP_KEYS
+    missing = [key for key in needed if key not in record]
+    if missing:
+        raise ValueError(f"a metrics line needs {', '.join(needed)}; missing {', '.join(missing)}")
+    line = json.dumps({key: _encode(value) for key, value in record.items()}, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        _drop_cut_line(file)
+        file.write(line.encode() + b"\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines in the order of their steps; of lines for the same step, the last one written.
+
+    A stage that went on from a checkpoint measures some steps twice; the second time is what the
+    model remembers. A line cut short by a crash is left out; no file means no lines.
+    """
+    if not path.exists():
+        return []
+    latest: dict[tuple[int, str], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        record = {key: _decode(value) for key, value in json.loads(line).items()}
+        latest[record["step"], record.get("eval", "")] = record
+    return [latest[key] for key in sorted(latest)]
+
+
+def step_lines(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of training steps among `read_metrics` lines."""
+    return [record for record in records if "eval" not in record]
+
+
+def eval_lines(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of evaluations among `read_metrics` lines."""
+    return [record for record in records if "eval" in record]
+
+
+def _drop_cut_line(file: BinaryIO) -> None:
+    """Cut off a last line that a crash left without its end, so that the next stands alone."""
+    size = file.tell()
+    if size == 0:
+        return
+    content = Path(file.name).read_bytes()
+    if not content.endswith(b"\n"):
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
+
+
+def _decode(value: Any) -> Any:
+    return _SPECIAL.get(value, value) if isinstance(value, str) else value

@@ -1,0 +1,60 @@
+"""Model sections the cost tests count: the published 12B sizes, and one small enough for paper."""
+
+from megatron_vl.config.schema import DecoderConfig, EncoderConfig, ModelConfig, ProjectorConfig
+
+PATTERN_12B = "M-M-M-M*-" + "M-M-M-M*-" * 5 + "M-M-M-M-"
+
+
+def full_size() -> ModelConfig:
+    """The 12B model with 131072 vocabulary rows."""
+    return ModelConfig(
+        vocab_size=131072,
+        padded_vocab_size=131072,
+        decoder=DecoderConfig(
+            pattern=PATTERN_12B,
+            hidden_size=5120,
+            ffn_hidden_size=20480,
+            num_attention_heads=40,
+            num_query_groups=8,
+            head_dim=128,
+            mamba_num_heads=128,
+            mamba_head_dim=80,
+            mamba_state_dim=128,
+            mamba_num_groups=8,
+        ),
+        encoder=EncoderConfig(
+            num_layers=32, hidden_size=1280, ffn_hidden_size=5120, num_attention_heads=16
+        ),
+        projector=ProjectorConfig(ffn_hidden_size=20480),
+    )
+
+
+def small(pattern: str = "M-*") -> ModelConfig:
+    """Sizes for sums on paper."""
+    return ModelConfig(
+        vocab_size=10,
+        padded_vocab_size=12,
+        decoder=DecoderConfig(
+            pattern=pattern,
+            hidden_size=4,
+            ffn_hidden_size=6,
+            num_attention_heads=2,
+            num_query_groups=1,
+            head_dim=3,
+            mamba_num_heads=4,
+            mamba_head_dim=2,
+            mamba_state_dim=3,
+            mamba_num_groups=2,
+            mamba_chunk_size=8,
+        ),
+        encoder=EncoderConfig(
+            num_layers=2,
+            hidden_size=4,
+            ffn_hidden_size=8,
+            num_attention_heads=2,
+            patch_size=2,
+            position_grid=4,
+            num_prefix_tokens=2,
+        ),
+        projector=ProjectorConfig(ffn_hidden_size=5),
+    )

@@ -1,0 +1,158 @@
+"""The command line: light, clean, and with the exit codes it documents."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import exit_codes
+from launch.cli import build_parser, main
+from launch.submission import Selection, prepare
+from megatron_vl.run.folder import RunFolder
+from tests.launch.small_recipe import LAPTOP, write_recipe
+from tests.launch.test_chain import supervise
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "runs" / "one")
+    prepare(write_recipe(tmp_path / "recipe"), folder, Selection(), "local")
+    return folder
+
+
+def test_a_login_node_needs_no_torch() -> None:
+    program = (
+        "import sys\n"
+        "import launch.cli, launch.status, launch.plan, launch.chain, launch.report, launch.logs\n"
+        "import launch.config_commands, megatron_vl.run.folder, megatron_vl.config.explain\n"
+        "assert 'torch' not in sys.modules and 'megatron' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_status_answers_at_once(run: RunFolder) -> None:
+    command = [sys.executable, "-m", "launch.cli", "status", str(run.path), "--json"]
+    best = 10.0
+    for _ in range(3):
+        begun = time.monotonic()
+        found = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+        best = min(best, time.monotonic() - begun)
+    assert best < 0.5
+    assert [stage["status"] for stage in json.loads(found.stdout)["stages"]] == ["waiting"] * 2
+
+
+def test_every_command_has_help_with_an_example_that_parses() -> None:
+    parsers = [build_parser()]
+    leaves = []
+    while parsers:
+        parser = parsers.pop()
+        inside = [
+            a for a in parser._actions if hasattr(a, "choices") and isinstance(a.choices, dict)
+        ]
+        if inside:
+            parsers += inside[0].choices.values()
+        else:
+            leaves.append(parser)
+    assert len(leaves) >= 14
+    for parser in leaves:
+        example = parser.format_help().split("example:\n  mvl ")[1].strip()
+        words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", example)]
+        assert build_parser().parse_args(words).handler, parser.prog
+
+
+def test_the_documented_exit_codes_are_the_real_ones() -> None:
+    table = (ROOT / "docs" / "exit_codes.md").read_text()
+    rows = dict(re.findall(r"^\| (\d+) \| (.+) \|$", table, re.MULTILINE))
+    assert {int(code): text for code, text in rows.items()} == exit_codes.MEANINGS
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["plan", "no/such/recipe"], 2, "no such recipe folder"),
+        (["plan", str(LAPTOP), "train.stepz=1"], 2, "nearest valid key is 'train.steps'"),
+        (["plan", str(LAPTOP), "--from", "stage9"], 2, "no such stage"),
+        (["status", "/no/such/run"], 2, "no run here"),
+        (["config", "explain", str(LAPTOP / "init.yaml"), "lr"], 2, "nearest valid key"),
+        (["report", "/no/such/run"], 2, "not a run folder"),
+    ],
+)
+def test_errors_are_one_clean_message(
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == code
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith(f"mvl {words[0]}: ")
+    assert "Traceback" not in captured.err
+
+
+def test_problems_of_all_stages_come_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(LAPTOP), "train.global_batch=6", "parallel.data=4"]) == 2
+    errors = capsys.readouterr().err
+    assert all(f"stage{index}.yaml" in errors for index in range(5))
+
+
+def test_plan_counts_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(LAPTOP), "--until", "stage0", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["stages"]
+    assert (first["stage"], first["carries"]) == ("init", "random weights")
+    assert second["trainable"] == ["projector"]
+    assert second["tokens"] == second["steps"] * 8 * 512
+    assert first["parameters"] == first["trainable_parameters"] == second["parameters"]
+    assert second["trainable_parameters"] < second["parameters"] / 4
+    assert main(["plan", str(LAPTOP)]) == 0
+    text = capsys.readouterr().out
+    assert "stage4" in text
+    assert "every check passed" in text
+
+
+def test_config_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    stage = str(LAPTOP / "stage0.yaml")
+    assert main(["config", "show", stage, "optimizer.lr=1e-4"]) == 0
+    assert "lr: 0.0001" in capsys.readouterr().out
+    assert main(["config", "show", stage, "--origins"]) == 0
+    assert re.search(r"name = stage0 +# .*stage0\.yaml:\d+", capsys.readouterr().out)
+    assert main(["config", "diff", stage, str(LAPTOP / "stage1.yaml")]) == 0
+    assert "train.trainable: ['projector'] -> " in capsys.readouterr().out
+    assert main(["config", "schema"]) == 0
+    assert "optimizer.clip_grad" in capsys.readouterr().out
+
+
+def test_status_and_logs_of_a_failed_run(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    supervise(run, stage0="import sys; print('boom'); sys.exit(1)")
+    assert main(["status", str(run.path)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"init\s+done\s+1\s+2/2\s+2\.5000\s+1\.2500", text)
+    assert "rank 0 exited with status 1" in text
+    assert main(["status", str(run.path.parent), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["status"] == "failed"
+    assert main(["status", str(run.path.parent)]) == 0
+    assert "1/2" in capsys.readouterr().out
+    assert main(["logs", str(run.path), "stage0"]) == 0
+    assert capsys.readouterr().out == "boom\n"
+    assert main(["logs", str(run.path), "stage0", "--attempt", "4"]) == 2
+    assert "has the attempts 1" in capsys.readouterr().err
+
+
+def test_an_attempt_whose_supervisor_vanished_is_lost(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.stage("init").start_attempt()
+    assert main(["status", str(run.path)]) == 0
+    assert "lost" in capsys.readouterr().out
+
+
+def test_train_refuses_what_the_run_was_not_planned_with(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(LAPTOP / "init.yaml"), "--run", str(run.path)]) == 2
+    assert "not the configuration this run was planned with" in capsys.readouterr().err

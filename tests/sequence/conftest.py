@@ -1,0 +1,6 @@
+"""Properties are checked without a deadline: the machine may be busy."""
+
+from hypothesis import settings
+
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
