@@ -33,6 +33,8 @@ lint: setup
 demo: setup
 	$(BIN)/mvl data prepare stages/laptop
 	$(BIN)/mvl submit stages/laptop --run runs/demo --site local --follow
+	$(BIN)/mvl generate runs/demo --held-out captions --count 2 --max-new-tokens 24
+	$(BIN)/mvl generate runs/demo --held-out qa --count 2 --max-new-tokens 16
 	$(BIN)/mvl report runs/demo
 
 clean:

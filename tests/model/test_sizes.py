@@ -14,6 +14,7 @@ from megatron_vl.config.schema import (
     Precision,
     ProjectorConfig,
 )
+from megatron_vl.cost.parameters import model_parameters
 from megatron_vl.engine.layer_specs import TORCH_BLOCKS
 from megatron_vl.engine.meta import meta_device, pretend_rank
 from megatron_vl.model.vlm import VisionLanguageModel, part_of
@@ -65,6 +66,10 @@ def test_published_sizes() -> None:
     assert count(model.language_model) == 12_310_001_152
     assert count(model.vision_projection) == 209_720_320
     assert count(model.vision_model) == 651_653_120
+    counted = model_parameters(NANO_12B)
+    assert counted.decoder.total == count(model.language_model)
+    assert counted.projector == count(model.vision_projection)
+    assert counted.encoder.total == count(model.vision_model)
     layers = model.language_model.decoder.layer_type_list
     assert [layers.count(kind) for kind in "M-*"] == [28, 28, 6]
 
