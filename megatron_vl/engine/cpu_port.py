@@ -54,7 +54,7 @@ class _Idle:
 
 
 def _idle_call() -> Callable[..., None]:
-    """A function that does nothing; a new one each time, since torch's compiler keys on identity."""
+    """A function that does nothing; one for each name, as torch's compiler keys on identity."""
 
     def call(*args: Any, **kwargs: Any) -> None:
         return None
@@ -138,8 +138,8 @@ def patch_core() -> None:
     random._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: (
         torch.get_rng_state()
     )
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: (
-        torch.set_rng_state(state)
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+        state
     )
     # On the CPU the tracked generator is the CPU's own, so the tracker's warning that it moved
     # inside a fork says only that it did its work.

@@ -53,10 +53,11 @@ def _triton_scan_after_own_convolution(
     inner = A_H.shape[0] * headdim
     state = (weight_CW.shape[0] - inner) // 2
     z_BLD, xBC_BLC, dt_BLH = zxBCdt_BLC.split([inner, weight_CW.shape[0], A_H.shape[0]], dim=-1)
-    xBC_BLC = conv1d.causal_conv1d_fn(
+    convolved_BCL = conv1d.causal_conv1d_fn(
         xBC_BLC.transpose(1, 2), weight_CW, bias_C, seq_idx=seq_idx, activation=activation
-    ).transpose(1, 2)
-    x_BLD, B_BLN, C_BLN = xBC_BLC.split([inner, state, state], dim=-1)
+    )
+    assert isinstance(convolved_BCL, Tensor)
+    x_BLD, B_BLN, C_BLN = convolved_BCL.transpose(1, 2).split([inner, state, state], dim=-1)
     y_BLHP = mamba_chunk_scan_combined(
         x_BLD.unflatten(-1, (-1, headdim)),
         dt_BLH,
@@ -73,8 +74,11 @@ def _triton_scan_after_own_convolution(
     return y_BLHP.flatten(-2)
 
 
-def scan_kernel(platform: Platform) -> Callable[..., Tensor]:
-    """The fastest split-convolution-scan this machine has, all with one signature."""
+def scan_kernel(platform: Platform) -> Callable[..., Any]:
+    """The fastest split-convolution-scan this machine has, all with one signature.
+
+    Each gives a tensor (B, L, D) as called here, without final states.
+    """
     if platform.has_mamba_ssm and platform.has_causal_conv1d:
         from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
 

@@ -1,10 +1,11 @@
 """Stand-ins for packages megatron-core imports by name and this machine does not have.
 
 megatron-core's Mamba mixer binds `mamba_ssm` functions when it is imported, and imports Triton for
-inference kernels that training never calls. While it is imported, missing packages are present as stand-in modules: the project's own kernels under the names
-megatron-core looks for, and a Triton whose decorators keep the function and whose kernels refuse
-to run. Afterwards the stand-ins are taken out of `sys.modules`, so that other libraries
-(transformers asks for the same packages) see the machine as it is.
+inference kernels that training never calls. While it is imported, missing packages are present as
+stand-in modules: the project's own kernels under the names megatron-core looks for, and a Triton
+whose decorators keep the function and whose kernels refuse to run. Afterwards the stand-ins are
+taken out of `sys.modules`, so that other libraries (transformers asks for the same packages) see
+the machine as it is.
 
 For the same time `torch.compile` hands functions back as they are on a machine without CUDA:
 megatron-core compiles its small fusions when it is imported, which there would cost every process
@@ -65,7 +66,9 @@ def _triton() -> dict[str, types.ModuleType]:
 def _mamba_ssm() -> dict[str, types.ModuleType]:
     from megatron_vl.kernels import gated_norm, ssd
 
-    modules = {name: _module(name) for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton")}
+    modules = {
+        name: _module(name) for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton")
+    }
     norm = _module("mamba_ssm.ops.triton.layernorm_gated")
     norm.RMSNorm = gated_norm.RMSNorm  # type: ignore[attr-defined]
     scan: Any = _module("mamba_ssm.ops.triton.ssd_combined")
@@ -83,7 +86,7 @@ def _module(name: str) -> types.ModuleType:
 
 @contextlib.contextmanager
 def stand_ins(platform: Platform) -> Iterator[None]:
-    """Put modules for the packages `platform` lacks into `sys.modules` for the time of the block."""
+    """Have modules for the packages `platform` lacks in `sys.modules` while the block runs."""
     absent: dict[str, types.ModuleType] = {}
     if not platform.has_triton:
         absent |= _triton()

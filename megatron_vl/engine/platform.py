@@ -75,7 +75,8 @@ def prepare(platform: Platform) -> None:
     if not version.startswith(SUPPORTED_CORE_SERIES):
         raise ImportError(
             f"megatron-core {version} is installed; this project is checked against "
-            f"{SUPPORTED_CORE_SERIES}x. Run `make setup`, or pip install 'megatron-core>=0.16.1,<0.17'."
+            f"{SUPPORTED_CORE_SERIES}x. Run `make setup`, or "
+            "pip install 'megatron-core>=0.16.1,<0.17'."
         )
     from megatron_vl.engine import cpu_port, missing_packages
 

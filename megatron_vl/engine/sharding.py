@@ -21,7 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 # The axis of its weight that each kind of layer splits over tensor ranks.
-SPLIT_AXIS: dict[type, int] = {
+SPLIT_AXIS: dict[type[torch.nn.Module], int] = {
     ColumnParallelLinear: 0,
     RowParallelLinear: 1,
     VocabParallelEmbedding: 0,
@@ -76,5 +76,6 @@ def mark_tensor_parallel(module: MegatronModule) -> None:
     """
     for layer in module.modules():
         for kind, axis in SPLIT_AXIS.items():
-            if isinstance(layer, kind) and layer.weight is not None:
-                set_tensor_model_parallel_attributes(layer.weight, True, axis, 1)
+            weight = layer._parameters.get("weight")
+            if isinstance(layer, kind) and weight is not None:
+                set_tensor_model_parallel_attributes(weight, True, axis, 1)

@@ -8,6 +8,7 @@ Shapes: S sequence (the local part under sequence parallelism), B batch, H hidde
 N heads, G key/value heads, D head width.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def normalize(
 
 
 class Norm(nn.Module):
-    """A norm of its own, for the decoder's end. Constructor as megatron-core's spec builder calls it.
+    """A norm of its own, for the decoder's end, built as megatron-core's specs build norms.
 
     Raises:
         ValueError: the config asks for a norm other than RMSNorm or LayerNorm.
@@ -153,12 +154,10 @@ class CoreAttention(nn.Module):
             context_BNSD = self._attend(*(t.permute(1, 2, 0, 3) for t in (query, key, value)))
             return context_BNSD.permute(2, 0, 1, 3).flatten(2)
         assert isinstance(packed_seq_params, PackedSequence)
-        ends = packed_seq_params.boundaries[1:]
-        lengths = [end - start for start, end in zip(packed_seq_params.boundaries, ends)]
+        lengths = [end - start for start, end in pairwise(packed_seq_params.boundaries)]
         # Split views of (N, T, D): autograd joins their gradients in one concatenation.
-        documents = zip(
-            *(t.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for t in (query, key, value))
-        )
+        views = (t.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for t in (query, key, value))
+        documents = zip(*views, strict=True)
         context_BNTD = torch.cat([self._attend(*document) for document in documents], dim=2)
         return context_BNTD.squeeze(0).transpose(0, 1).flatten(1)
 

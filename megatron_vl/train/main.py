@@ -6,6 +6,7 @@ writes the `done` receipt. A rank that raises leaves no receipt; whoever launche
 """
 
 import importlib.metadata
+import math
 import platform as python_platform
 import time
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ class Loop:
             size=groups.dp.size(),
             cursor=start.data_cursor,
         )
-        self.trainable_names = frozenset(part.value for part in config.train.trainable)
+        self.trainable_names = {part.value for part in config.train.trainable}
 
     def run(self, attempt: int) -> None:
         """Train to the last step, evaluating and saving on the way."""
@@ -158,7 +159,7 @@ class Loop:
 
     def _flops(self, packs: list[Pack]) -> float:
         """Model FLOPs of a training step on this rank's packs."""
-        return sum(
+        return math.fsum(
             pack_flops(
                 self.config.model,
                 document_lengths=pack.cu_seqlens.diff().tolist(),

@@ -64,12 +64,11 @@ def start_stage(
     if source is None:
         initialize(module, groups, config.model, config.train.seed)
         trainee = prepare_training(module, config, groups)
-        return Start(trainee, 0, 0, parent, f"starts from weights drawn with seed {config.train.seed}")
+        said = f"starts from weights drawn with seed {config.train.seed}"
+        return Start(trainee, 0, 0, parent, said)
     state = load_weights(source, module, groups)
     if config.carry.fresh:
-        initialize(
-            module, groups, config.model, config.train.seed, frozenset(config.carry.fresh)
-        )
+        initialize(module, groups, config.model, config.train.seed, frozenset(config.carry.fresh))
     trainee = prepare_training(module, config, groups)
     if config.carry.optimizer:
         _carry_optimizer(source, trainee, config)
@@ -88,7 +87,8 @@ def _parent(
     # The launcher has compared the digest before it started the ranks.
     receipt = require_done_parent(run, stage, digest=None)
     folder = run.parent(stage)
-    assert folder is not None and receipt.checkpoint is not None
+    assert folder is not None
+    assert receipt.checkpoint is not None
     return (
         ParentRef(stage=receipt.stage, digest=receipt.checkpoint.digest),
         folder.checkpoint_path(receipt),

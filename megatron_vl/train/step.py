@@ -65,7 +65,8 @@ def count(packs: list[Pack], trainee: Trainee, flops: float = 0.0) -> BatchCount
         ],
         trainee.groups.dp,
     )
-    return BatchCounts(totals[0], *(round(total) for total in totals[1:4]), totals[4])
+    weight, tokens, samples, tiles, all_flops = totals
+    return BatchCounts(weight, round(tokens), round(samples), round(tiles), all_flops)
 
 
 def _forward(
@@ -78,9 +79,7 @@ def _forward(
         pack.tokens_L.to(device, non_blocking=True).unsqueeze(0),
         pack.tiles_TCHW.to(device, non_blocking=True),
         pack.visual_positions_V.to(device, non_blocking=True),
-        packed_sequence(
-            pack.document_ids_L, pack.cu_seqlens, pack.max_document_length, device
-        ),
+        packed_sequence(pack.document_ids_L, pack.cu_seqlens, pack.max_document_length, device),
         labels_BL=pack.labels_L.to(device, non_blocking=True).unsqueeze(0),
     )
     weights_L = pack.loss_weights_L.to(device, non_blocking=True)

@@ -166,8 +166,11 @@ def test_encoder_features(
     ).eval()
     missing, unexpected = theirs.load_state_dict(encoder_weights(model, config), strict=False)
     assert not unexpected
-    assert not [name for name in missing if "layer_scale" not in name and "norm_" not in name
-                and "summary_idxs" not in name]
+    assert not [
+        name
+        for name in missing
+        if "layer_scale" not in name and "norm_" not in name and "summary_idxs" not in name
+    ]
     tiles_TCHW = torch.randint(
         0, 256, (3, 3, *(edge * sizes.patch_size for edge in grid)), dtype=torch.uint8
     )

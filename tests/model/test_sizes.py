@@ -93,5 +93,5 @@ def test_uneven_pipeline_builds_every_layer(rank: int) -> None:
 
 
 def test_a_split_that_loses_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="would build 60; set parallel.first_stage_layers=14"):
+    with pytest.raises(ValueError, match=r"would build 60; set parallel\.first_stage_layers=14"):
         build(ParallelConfig(tensor=8, pipeline=4))

@@ -5,6 +5,7 @@ what each gave back. A rank that raises fails the call with its traceback; a ran
 found by the deadline, and the pool is started anew for the next call.
 """
 
+import contextlib
 import multiprocessing
 import os
 import tempfile
@@ -99,10 +100,8 @@ class RankPool:
     def close(self) -> None:
         """End every rank."""
         for process, connection in self._processes:
-            try:
+            with contextlib.suppress(OSError):
                 connection.send(None)
-            except OSError:
-                pass
             process.join(timeout=2)
             if process.is_alive():
                 process.kill()

