@@ -12,30 +12,33 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from launch import exit_codes
-from launch.follow import make_watcher
-from launch.local import (
-    GRACE_SECONDS,
-    CommandBuilder,
-    RankGroup,
-    RankResult,
-    describe_end,
-    last_lines,
-    rank_commands,
-)
+from launch.follow import Watcher, make_watcher
+from launch.local import GRACE_SECONDS, CommandBuilder, RankGroup, RankResult, rank_commands
 from launch.lock import RunLock, holder
-from launch.submission import Selection, load_site, prepare
+from launch.reasons import why
+from launch.submission import (
+    Selection,
+    check_data,
+    load_site,
+    open_recipe,
+    prepare,
+    run_folder,
+    select,
+)
+from launch.summary import print_summary
 from megatron_vl.config.load import config_hash, load_stage
 from megatron_vl.config.schema import StageConfig, WeightSource
 from megatron_vl.run.folder import (
@@ -55,12 +58,10 @@ class Cancelled(KeyboardInterrupt):
 
 @dataclasses.dataclass(frozen=True)
 class Supervisor:
-    """Runs stages of one run."""
+    """Runs stages of one run, showing what happens through a watcher."""
 
     run: RunFolder
-    on_tick: Callable[[StageFolder], None] = lambda stage: None
-    """Called a few times a second while a stage runs, to show its progress."""
-    say: Callable[[str], None] = print
+    watcher: Watcher
     build_commands: CommandBuilder = rank_commands
     grace_seconds: float = GRACE_SECONDS
 
@@ -71,13 +72,14 @@ class Supervisor:
             receipt = stage.receipt()
             if receipt is not None and receipt.done:
                 self._refuse_stale(stage, receipt)
-                self.say(f"{name}: done before, at step {receipt.step}; not run again")
+                self.watcher.end(stage, receipt)
+                self.watcher.say(f"{name}: done before, at step {receipt.step}; not run again")
                 continue
             receipt = self.run_stage(stage)
             if not receipt.done:
-                self.say(f"{name}: {receipt.status}: {receipt.reason}")
+                self.watcher.say(f"{name}: {receipt.status}: {receipt.reason}")
                 return exit_codes.BY_STATUS[receipt.status]
-            self.say(f"{name}: done at step {receipt.step}, checkpoint {_short(receipt)}")
+            self.watcher.say(f"{name}: done at step {receipt.step}, checkpoint {_short(receipt)}")
         return exit_codes.OK
 
     def run_stage(self, stage: StageFolder) -> Receipt:
@@ -94,7 +96,8 @@ class Supervisor:
         attempt = stage.start_attempt()
         shutil.copyfile(stage.config_path, stage.attempt_path(attempt) / "config.yaml")
         commands = self.build_commands(self.run, stage, config, attempt)
-        self.say(f"{stage.name}: attempt {attempt} on {len(commands)} rank(s)")
+        self.watcher.say(_opening(stage, config, attempt, len(commands)))
+        self.watcher.begin(stage, attempt)
         started, clock = now(), time.monotonic()
         result: RankResult | None = None
         trouble: BaseException | None = None
@@ -107,7 +110,11 @@ class Supervisor:
                     ranks=len(commands),
                     pids=group.pids,
                 )
-                result = group.wait(lambda: self.on_tick(stage))
+                try:
+                    result = group.wait(lambda: self.watcher.tick(stage))
+                except KeyboardInterrupt:
+                    self.watcher.say(f"{stage.name}: stopping its ranks; Ctrl-C again to be quick")
+                    raise
         except BaseException as error:
             trouble = error
             if isinstance(error, KeyboardInterrupt):
@@ -116,13 +123,14 @@ class Supervisor:
         finally:
             receipt = stage.receipt()
             if receipt is None:
-                status, reason = _why(stage, attempt, result, trouble)
+                status, reason = why(stage, attempt, result, trouble)
                 lost = time.monotonic() - clock
                 receipt = _own_receipt(self.run, stage, config, status, reason, started, lost)
                 stage.write_receipt(receipt)
             self.run.journal.append(
                 "ended", stage=stage.name, attempt=attempt, status=receipt.status, step=receipt.step
             )
+            self.watcher.end(stage, receipt)
         return receipt
 
     def _refuse_stale(self, stage: StageFolder, receipt: Receipt) -> None:
@@ -149,12 +157,17 @@ def needs_parent(config: StageConfig) -> bool:
 
 def submit(args: Namespace) -> int:
     """`mvl submit`: prepare the run folder, then run it here (--follow) or in the background."""
-    run = RunFolder(args.run)
+    run = run_folder(args.run)
     grace = float(load_site(args.site)["grace_seconds"])
-    lock = RunLock.take(run)
     selection = Selection(args.first, args.last, tuple(args.skip))
+    # Everything that can be refused is, before the run folder is made or locked.
+    _, stages, narrowed = open_recipe(Path(args.recipe), selection, args.overrides)
+    chosen = select([name for name, _, _ in stages], narrowed)
+    check_data(args.recipe, [config for name, _, config in stages if name in chosen])
+    lock = RunLock.take(run)
     selected = prepare(Path(args.recipe), run, selection, args.site, args.overrides)
-    print(f"{run.path}: {len(selected)} stage(s): {', '.join(selected)}", flush=True)
+    count = f"{len(selected)} of {len(stages)} stages"
+    print(f"{run.path}: {count}: {', '.join(selected)}", flush=True)
     run.journal.append("submitted", stages=selected, site=args.site, follow=args.follow)
     if args.follow:
         return supervise(run, grace)
@@ -169,8 +182,9 @@ def submit(args: Namespace) -> int:
             start_new_session=True,
             pass_fds=[lock.handle],
         )
+    quoted = shlex.quote(str(run.path))
     print(f"running in the background as process {process.pid}; its log is {log}")
-    print(f"watch: mvl status {run.path}    stop: mvl cancel {run.path}")
+    print(f"watch: mvl status {quoted}    stop: mvl cancel {quoted}")
     return exit_codes.OK
 
 
@@ -182,9 +196,31 @@ def supervise_detached(args: Namespace) -> int:
 
 def supervise(run: RunFolder, grace_seconds: float) -> int:
     """Run the plan's selected stages with progress on the terminal or in the log."""
-    with _sigterm_raises(), make_watcher(run) as watcher:
-        supervisor = Supervisor(run, watcher.tick, watcher.say, grace_seconds=grace_seconds)
-        return supervisor.run_selected()
+    selected = run.plan()["selected"]
+    try:
+        with _signals_raise(), make_watcher(run) as watcher:
+            supervisor = Supervisor(run, watcher, grace_seconds=grace_seconds)
+            code = supervisor.run_selected()
+    except KeyboardInterrupt:
+        print_summary(run, selected)
+        _print_way_on(run)
+        raise
+    print_summary(run, selected)
+    if code == exit_codes.OK:
+        print(f"a page about it: mvl report {shlex.quote(str(run.path))}", flush=True)
+    else:
+        _print_way_on(run)
+    return code
+
+
+def _print_way_on(run: RunFolder) -> None:
+    """Where to look and how to go on after a chain has stopped."""
+    for stage in run.stages():
+        receipt = stage.receipt()
+        if receipt is not None and not receipt.done:
+            print(f"its log: mvl logs {shlex.quote(str(run.path))} {stage.name}")
+            print("to go on, from its last checkpoint if it has one: the same `mvl submit` again")
+            return
 
 
 def cancel(args: Namespace) -> int:
@@ -206,24 +242,11 @@ def cancel(args: Namespace) -> int:
     return exit_codes.OK
 
 
-def _why(
-    stage: StageFolder, attempt: int, result: RankResult | None, trouble: BaseException | None
-) -> tuple[Status, str]:
-    """Status and reason of an attempt whose trainer wrote no receipt."""
-    if result is None:
-        if not isinstance(trouble, KeyboardInterrupt):
-            return "failed", f"the supervisor met {type(trouble).__name__}: {trouble}"
-        return "incomplete", "stopped by a person (Ctrl-C, mvl cancel or SIGTERM) before its end"
-    if result.first_failed is None:
-        return "failed", "all ranks exited with status 0, but the trainer wrote no receipt"
-    rank = result.first_failed
-    log = stage.attempt_path(attempt) / f"rank_{rank}.log"
-    ending = f"rank {rank} {describe_end(result.codes[rank])}"
-    tail = last_lines(log)
-    said = (
-        f"; the end of {log.relative_to(stage.path)}:\n{tail}" if tail else "; it printed nothing"
-    )
-    return "failed", ending + said
+def _opening(stage: StageFolder, config: StageConfig, attempt: int, num_ranks: int) -> str:
+    """The line that opens an attempt."""
+    parts = ", ".join(part.name for part in config.train.trainable)
+    ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
+    return f"{stage.name}: attempt {attempt}, {config.train.steps} steps on {ranks}, trains {parts}"
 
 
 def _own_receipt(
@@ -276,14 +299,21 @@ def _short(receipt: Receipt) -> str:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """While inside, SIGTERM unwinds the stack as Ctrl-C does, so that ranks are stopped."""
+def _signals_raise() -> Iterator[None]:
+    """While inside, SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that ranks are stopped.
+
+    A SIGHUP that the caller has already set to be ignored (nohup) stays ignored.
+    """
 
     def handler(number: int, frame: FrameType | None) -> None:
         raise Cancelled
 
-    before = signal.signal(signal.SIGTERM, handler)
+    wanted = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        wanted.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in wanted}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in before.items():
+            signal.signal(number, old)

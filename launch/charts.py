@@ -1,20 +1,24 @@
 """Line charts as SVG text, for a page that needs nothing but itself.
 
+A chart is a row of panels, one a stage, with one y axis and an x axis each: stages train on
+different data, so no line runs from one into the next. A panel's width grows with the root of its
+steps, so that a short stage beside a long one can still be read.
+
 Colours come from the page's style sheet by class name, so that the charts follow light and dark.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 Point = tuple[float, float]
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 14.0, 24.0, 30.0
+_LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 52.0, 6.0, 44.0, 22.0, 8.0
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart. Points whose y is not finite leave a gap."""
+    """One line of a panel. Points whose y is not finite leave a gap."""
 
     name: str
     style: str
@@ -25,49 +29,65 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Band:
-    """A stretch of the x axis with a name: a stage."""
+class Panel:
+    """One stage's part of a chart."""
 
     name: str
-    start: float
-    end: float
+    steps: int
+    series: Sequence[Series]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: its lines over shared axes."""
+    """One chart: panels side by side over one y axis."""
 
     title: str
-    series: Sequence[Series]
-    bands: Sequence[Band] = field(default_factory=list)
-    width: float = 900.0
-    height: float = 300.0
+    panels: Sequence[Panel]
+    width: float = 1000.0
+    height: float = 320.0
+    narrowest: float = 62.0
+    """Least width of a panel."""
 
     def svg(self) -> str:
         """The chart as an `<svg>` element; a note instead when there is nothing to draw."""
-        values = [y for one in self.series for _, y in one.points if math.isfinite(y)]
+        every = [one for panel in self.panels for one in panel.series]
+        values = [y for one in every for _, y in one.points if math.isfinite(y)]
         if not values:
             return f'<p class="quiet">{escape(self.title)}: nothing measured yet</p>'
         low, high = _padded(min(values), max(values))
-        starts = [band.start for band in self.bands]
-        ends = [band.end for band in self.bands]
-        xs = [x for one in self.series for x, _ in one.points]
-        scale = _Scale(min(starts + xs), max(ends + xs), low, high, self.width, self.height)
+        needed = _LEFT + _RIGHT + (self.narrowest + _GAP) * len(self.panels)
+        width = max(self.width, needed)
         parts = [
-            f'<svg viewBox="0 0 {self.width:g} {self.height:g}" role="img" '
+            f'<svg viewBox="0 0 {width:g} {self.height:g}" role="img" '
             f'aria-label="{escape(self.title)}">',
-            *_band_marks(self.bands, scale),
-            *_grid(scale),
-            *(mark for one in self.series for mark in _series_marks(one, scale)),
-            f'<text class="title" x="{_LEFT:g}" y="14">{escape(self.title)}</text>',
-            *_legend(self.series, scale),
-            "</svg>",
+            f'<text class="title" x="0" y="13">{escape(self.title)}</text>',
+            *_legend(every, width),
         ]
-        return "\n".join(parts)
+        for index, (panel, left, size) in enumerate(self._places(width)):
+            scale = _Scale(panel.steps, low, high, left, left + size, self.height)
+            parts += _frame(panel, scale, labelled=index == 0)
+            parts += [mark for one in panel.series for mark in _series_marks(one, scale)]
+        return "\n".join([*parts, "</svg>"])
+
+    def _places(self, width: float) -> list[tuple[Panel, float, float]]:
+        """Each panel with its left edge and width."""
+        free = width - _LEFT - _RIGHT - _GAP * (len(self.panels) - 1)
+        spare = free - self.narrowest * len(self.panels)
+        roots = [math.sqrt(panel.steps) for panel in self.panels]
+        places, left = [], _LEFT
+        for panel, root in zip(self.panels, roots, strict=True):
+            size = self.narrowest + spare * root / sum(roots)
+            places.append((panel, left, size))
+            left += size + _GAP
+        return places
 
 
-def smooth(points: Sequence[Point], weight: float = 0.9) -> list[Point]:
-    """An exponential moving average of y, unbiased at its start; gaps are left out."""
+def smooth(points: Sequence[Point]) -> list[Point]:
+    """An exponential moving average of y, unbiased at its start; gaps are left out.
+
+    It looks back over about a twelfth of the points, so that it follows a short curve too.
+    """
+    weight = min(0.98, 1.0 - 1.0 / max(2.0, len(points) / 12))
     average, mass, result = 0.0, 0.0, []
     for x, y in points:
         if not math.isfinite(y):
@@ -103,18 +123,19 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True)
 class _Scale:
-    """From values to places on the page."""
+    """From a panel's values to places on the page; x runs from 0 to the steps of the stage."""
 
-    x_low: float
-    x_high: float
+    steps: int
     y_low: float
     y_high: float
-    width: float
+    left: float
+    right: float
     height: float
 
     def x(self, value: float) -> float:
-        share = (value - self.x_low) / ((self.x_high - self.x_low) or 1.0)
-        return _LEFT + share * (self.width - _LEFT - _RIGHT)
+        inset = 6.0
+        share = value / max(self.steps, 1)
+        return self.left + inset + share * (self.right - self.left - 2 * inset)
 
     def y(self, value: float) -> float:
         share = (value - self.y_low) / (self.y_high - self.y_low)
@@ -127,35 +148,27 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return (0.0 if low >= 0 > bottom else bottom), high + margin
 
 
-def _band_marks(bands: Sequence[Band], scale: _Scale) -> list[str]:
-    marks = []
-    for index, band in enumerate(bands):
-        x, width = scale.x(band.start), scale.x(band.end) - scale.x(band.start)
-        height = scale.height - _TOP - _BOTTOM
-        marks.append(
-            f'<rect class="band{index % 2}" x="{x:.1f}" y="{_TOP:g}" width="{width:.1f}" '
-            f'height="{height:.1f}"><title>{escape(band.name)}</title></rect>'
-        )
-        if width > 7.0 * len(band.name):
-            marks.append(
-                f'<text class="band" x="{x + width / 2:.1f}" y="{_TOP + 12:g}">'
-                f"{escape(band.name)}</text>"
-            )
-    return marks
-
-
-def _grid(scale: _Scale) -> list[str]:
-    marks = []
-    for value in ticks(scale.y_low, scale.y_high):
+def _frame(panel: Panel, scale: _Scale, *, labelled: bool) -> list[str]:
+    """A panel's ground, grid, name and ticks; `labelled` adds the numbers of the y axis."""
+    bottom, middle = scale.height - _BOTTOM, (scale.left + scale.right) / 2
+    marks = [
+        f'<rect class="panel" x="{scale.left:.1f}" y="{_TOP:g}" rx="3" '
+        f'width="{scale.right - scale.left:.1f}" height="{bottom - _TOP:.1f}"/>',
+        f'<text class="name" x="{middle:.1f}" y="{_TOP - 5:g}">{escape(panel.name)}</text>',
+    ]
+    for value in ticks(scale.y_low, scale.y_high, 5 if scale.height > 250 else 4):
         y = scale.y(value)
-        right = scale.width - _RIGHT
         marks.append(
-            f'<line class="grid" x1="{_LEFT:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<line class="grid" x1="{scale.left:.1f}" x2="{scale.right:.1f}" '
+            f'y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-        marks.append(f'<text class="y" x="{_LEFT - 6:g}" y="{y + 4:.1f}">{number(value)}</text>')
-    for value in ticks(scale.x_low, scale.x_high, 6):
-        y = scale.height - _BOTTOM + 16
-        marks.append(f'<text class="x" x="{scale.x(value):.1f}" y="{y:g}">{number(value)}</text>')
+        if labelled:
+            label = f'<text class="y" x="{_LEFT - 6:g}" y="{y + 4:.1f}">{number(value)}</text>'
+            marks.append(label)
+    y = bottom + 15
+    marks.append(f'<text class="x" x="{scale.x(panel.steps):.1f}" y="{y:g}">{panel.steps:g}</text>')
+    if scale.right - scale.left > 110:
+        marks.append(f'<text class="x" x="{scale.x(0):.1f}" y="{y:g}">0</text>')
     return marks
 
 
@@ -170,21 +183,23 @@ def _series_marks(series: Series, scale: _Scale) -> list[str]:
     if series.dots:
         marks += [
             f'<circle class="{series.style}" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="3.5">'
-            f"<title>{escape(series.name)} at {x:g}: {y:.4g}</title></circle>"
+            f"<title>{escape(series.name)} at step {x:g}: {y:.4g}</title></circle>"
             for x, y in series.points
             if math.isfinite(y)
         ]
     return marks
 
 
-def _legend(series: Sequence[Series], scale: _Scale) -> list[str]:
-    if len(series) < 2:
+def _legend(series: Sequence[Series], width: float) -> list[str]:
+    """A key for charts whose panels hold more than one line."""
+    styles = {one.name: one.style for one in series}
+    if len(styles) < 2:
         return []
-    marks, x = [], scale.width - _RIGHT
-    for one in reversed(series):
-        x -= 7.0 * len(one.name) + 8
-        marks.append(f'<text class="key" x="{x:.1f}" y="14">{escape(one.name)}</text>')
+    marks, x = [], width - _RIGHT
+    for name, style in reversed(styles.items()):
+        x -= 6.2 * len(name) + 4
+        marks.append(f'<text class="key" x="{x:.1f}" y="13">{escape(name)}</text>')
         x -= 22
-        marks.append(f'<line class="{one.style}" x1="{x:.1f}" x2="{x + 16:.1f}" y1="10" y2="10"/>')
-        x -= 12
+        marks.append(f'<line class="{style}" x1="{x:.1f}" x2="{x + 16:.1f}" y1="9" y2="9"/>')
+        x -= 14
     return marks

@@ -14,10 +14,13 @@ from typing import Any
 
 from launch import exit_codes
 
+_RUN = "a run folder, such as runs/demo"
+_FILE = "a stage file, such as stages/laptop/stage0.yaml"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     module, _, function = args.handler.partition(":")
     try:
         return int(getattr(importlib.import_module(module), function)(args))
@@ -31,8 +34,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _code_of(error, args.command)
         if code == exit_codes.ERROR or os.environ.get("MVL_TRACEBACK") == "1":
             raise
-        print(f"mvl {args.command}: {error}", file=sys.stderr)
+        print(f"mvl {args.command}: {_message(error)}", file=sys.stderr)
         return code
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The parsed command line; `key=value` overrides may stand anywhere after the command.
+
+    argparse gives positional arguments behind an option to nobody, so they are collected here.
+    """
+    parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        sys.exit(exit_codes.USAGE)
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        strangers = [word for word in rest if "=" not in word or word.startswith("-")]
+        if strangers or not hasattr(args, "overrides"):
+            parser.error(f"unrecognized arguments: {' '.join(strangers or rest)}")
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def _code_of(error: Exception, command: str) -> int:
@@ -49,14 +70,32 @@ def _code_of(error: Exception, command: str) -> int:
         return exit_codes.USAGE
     is_config_error = type(error).__module__ == "megatron_vl.config.errors"
     # Inside a rank's arithmetic a ValueError is a defect whose traceback belongs in the log.
-    is_users = isinstance(error, ValueError | FileNotFoundError) and command != "train"
+    is_users = isinstance(error, ValueError) or (isinstance(error, OSError) and _of_a_file(error))
+    is_users = is_users and command != "train"
     return exit_codes.USAGE if is_config_error or is_users else exit_codes.ERROR
+
+
+def _of_a_file(error: OSError) -> bool:
+    """Whether an OSError is about a file that the user named or may not touch."""
+    return error.filename is not None or isinstance(error, FileNotFoundError)
+
+
+def _message(error: Exception) -> str:
+    """An error as a person reads it; the system's own name the file first and need no number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; imports nothing heavy."""
     parser = argparse.ArgumentParser(
-        prog="mvl", description="Train, launch and release hybrid vision-language models in stages."
+        prog="mvl",
+        description="Train, launch and release hybrid vision-language models in stages.",
+        epilog="example:\n  mvl plan stages/laptop\n"
+        "  mvl submit stages/laptop --run runs/demo --follow\n  mvl report runs/demo\n\n"
+        "`mvl COMMAND --help` says more; the exit codes are in docs/exit_codes.md.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run_commands(commands)
@@ -90,22 +129,22 @@ def _add_run_commands(commands: Any) -> None:
         commands, "cancel", "launch.chain:cancel", "Stop a run and all its processes.",
         "mvl cancel runs/demo",
     )  # fmt: skip
-    cancel.add_argument("run", metavar="RUN")
+    cancel.add_argument("run", metavar="RUN", help=_RUN)
 
     train = _command(
         commands, "train", "launch.train:main", "Train one stage as one rank; `submit` calls this.",
         "mvl train runs/demo/stages/01_stage0/config.yaml --run runs/demo",
     )  # fmt: skip
     train.add_argument("config", metavar="FILE", help="a resolved stage of a run folder")
-    train.add_argument("--run", required=True, metavar="DIR")
+    train.add_argument("--run", required=True, metavar="DIR", help=_RUN)
     _override_arguments(train)
 
     supervise = _command(
         commands, "supervise", "launch.chain:supervise_detached",
         "Run what a run folder's plan selects; `submit` starts this in the background.",
-        "mvl supervise runs/demo --lock 3 --grace 15",
+        "mvl supervise runs/demo --lock 3 --grace 15", hidden=True,
     )  # fmt: skip
-    supervise.add_argument("run", metavar="RUN")
+    supervise.add_argument("run", metavar="RUN", help=_RUN)
     supervise.add_argument(
         "--lock", type=int, required=True, help="inherited file of the run's lock"
     )
@@ -119,15 +158,18 @@ def _add_watch_commands(commands: Any) -> None:
         commands, "status", "launch.status:main", "Show how runs, or a run's stages, stand.",
         "mvl status runs/demo",
     )  # fmt: skip
-    status.add_argument("run", nargs="?", default="runs", metavar="RUN", help="default: runs")
+    status.add_argument(
+        "run", nargs="?", default="runs", metavar="RUN",
+        help="a run folder, or a folder of runs; default: runs",
+    )  # fmt: skip
     status.add_argument("--json", action="store_true", help="print one JSON value")
 
     logs = _command(
         commands, "logs", "launch.logs:main", "Print what a stage printed.",
         "mvl logs runs/demo stage0 -f",
     )  # fmt: skip
-    logs.add_argument("run", metavar="RUN")
-    logs.add_argument("stage", metavar="STAGE")
+    logs.add_argument("run", metavar="RUN", help=_RUN)
+    logs.add_argument("stage", metavar="STAGE", help="a stage, such as stage0")
     logs.add_argument("-f", "--follow", action="store_true", help="go on while the run is running")
     logs.add_argument("--attempt", type=int, metavar="N", help="default: the latest")
     logs.add_argument("--rank", type=int, default=0, metavar="R", help="default: 0")
@@ -136,7 +178,7 @@ def _add_watch_commands(commands: Any) -> None:
         commands, "report", "launch.report:main", "Write RUN/report.html, one self-contained page.",
         "mvl report runs/demo",
     )  # fmt: skip
-    report.add_argument("run", metavar="RUN")
+    report.add_argument("run", metavar="RUN", help=_RUN)
 
 
 def _add_config_commands(commands: Any) -> None:
@@ -146,7 +188,7 @@ def _add_config_commands(commands: Any) -> None:
         inside, "show", "launch.config_commands:show", "Print a stage with everything resolved.",
         "mvl config show stages/laptop/stage0.yaml optimizer.lr=1e-3",
     )  # fmt: skip
-    show.add_argument("file", metavar="FILE")
+    show.add_argument("file", metavar="FILE", help=_FILE)
     show.add_argument("--origins", action="store_true", help="say which file and line set each key")
     show.add_argument("--json", action="store_true", help="print one JSON object")
     _override_arguments(show)
@@ -154,15 +196,15 @@ def _add_config_commands(commands: Any) -> None:
         inside, "explain", "launch.config_commands:explain_key", "Say what a key means and is.",
         "mvl config explain stages/laptop/stage0.yaml optimizer.lr",
     )  # fmt: skip
-    explain.add_argument("file", metavar="FILE")
-    explain.add_argument("key", metavar="KEY")
+    explain.add_argument("file", metavar="FILE", help=_FILE)
+    explain.add_argument("key", metavar="KEY", help="a key or a section, such as optimizer.lr")
     _override_arguments(explain)
     diff = _command(
         inside, "diff", "launch.config_commands:diff", "List the keys in which two stages differ.",
         "mvl config diff stages/laptop/stage0.yaml stages/laptop/stage1.yaml",
     )  # fmt: skip
-    diff.add_argument("a", metavar="A")
-    diff.add_argument("b", metavar="B")
+    diff.add_argument("a", metavar="A", help=_FILE)
+    diff.add_argument("b", metavar="B", help="the stage file to compare it with")
     _command(
         inside, "schema", "launch.config_commands:schema", "List every key a stage file may hold.",
         "mvl config schema",
@@ -189,16 +231,25 @@ def _add_model_commands(commands: Any) -> None:
     asked.add_argument("--prompt", metavar="P", help="what to ask")
     asked.add_argument("--held-out", metavar="SOURCE", help="ask held-out samples of this source")
     generate.add_argument("--image", metavar="F", help="a picture the prompt is about")
-    generate.add_argument("--reasoning", choices=("on", "off"), default="off")
-    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    generate.add_argument(
+        "--reasoning", choices=("on", "off"), default="off", help="think first; default: off"
+    )
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="longest answer; default: 128"
+    )
     generate.add_argument("--count", type=int, default=4, metavar="N", help="samples of --held-out")
 
 
-def _command(commands: Any, name: str, handler: str, text: str, example: str) -> Any:
-    """Add a command; `handler` is `module:function`, imported when the command runs."""
+def _command(
+    commands: Any, name: str, handler: str, text: str, example: str, *, hidden: bool = False
+) -> Any:
+    """Add a command; `handler` is `module:function`, imported when the command runs.
+
+    A hidden one is for `mvl` itself and not listed.
+    """
     parser = commands.add_parser(
         name,
-        help=text,
+        **({} if hidden else {"help": text}),
         description=text,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -45,7 +45,8 @@ class RankResult:
     codes: list[int]
     """Exit status by rank; negative is the number of the signal that ended it."""
     first_failed: int | None
-    """The rank that ended wrongly before any other was stopped on its account."""
+    """The rank that ended wrongly before any other was stopped on its account; of several, one that
+    a signal ended."""
 
 
 CommandBuilder = Callable[[RunFolder, StageFolder, StageConfig, int], list[RankCommand]]
@@ -126,7 +127,7 @@ class RankGroup:
             codes = [process.poll() for process in self._processes]
             wrong = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
             if wrong:
-                first_failed = wrong[0]
+                first_failed = min(wrong, key=lambda rank: (codes[rank] or 0) > 0)
                 self.stop()
             if wrong or None not in codes:
                 break
@@ -136,14 +137,20 @@ class RankGroup:
         return RankResult([process.wait() for process in self._processes], first_failed)
 
     def stop(self) -> None:
-        """End every rank and its children: SIGTERM, then SIGKILL after the grace."""
+        """End every rank and its children: SIGTERM, then SIGKILL after the grace.
+
+        An interrupt meanwhile (a second Ctrl-C) cuts the grace short and leaves no process either.
+        """
         alive = [process for process in self._processes if process.poll() is None]
-        for process in alive:
-            _signal_group(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + self._grace_seconds
-        while alive and time.monotonic() < deadline:
-            time.sleep(_TICK_SECONDS / 2)
-            alive = [process for process in alive if process.poll() is None]
+        try:
+            for process in alive:
+                _signal_group(process.pid, signal.SIGTERM)
+            while alive and time.monotonic() < deadline:
+                time.sleep(_TICK_SECONDS / 2)
+                alive = [process for process in alive if process.poll() is None]
+        except KeyboardInterrupt:
+            pass
         for process in self._processes:
             _signal_group(process.pid, signal.SIGKILL)  # workers that outlived their rank too
             process.wait()
@@ -168,16 +175,9 @@ def describe_end(code: int) -> str:
     if code >= 0:
         return f"exited with status {code}"
     name = signal.Signals(-code).name
-    hint = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
+    by = "the kernel does so when memory runs out, a person with kill -9"
+    hint = f" ({by})" if name == "SIGKILL" else ""
     return f"was ended by {name}{hint}"
-
-
-def last_lines(path: Path, count: int = 15) -> str:
-    """The last lines of a log, without blank ones; empty when there is no log."""
-    if not path.exists():
-        return ""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join([line.rstrip() for line in lines if line.strip()][-count:])
 
 
 def _start(command: RankCommand) -> "subprocess.Popen[bytes]":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_vl.run.folder import RunFolder
 
+LOCK_NAME = "supervisor.lock"
 _PATIENCE_SECONDS = 0.3  # a `mvl status` looking at the lock holds it for a moment
 
 
@@ -68,7 +69,7 @@ def holder(run: RunFolder) -> tuple[int, str] | None:
 
 
 def _path(run: RunFolder) -> Path:
-    return run.path / "supervisor.lock"
+    return run.path / LOCK_NAME
 
 
 def _try_lock(handle: int, kind: int) -> bool:

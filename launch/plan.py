@@ -12,10 +12,10 @@ from pathlib import Path
 
 from launch import exit_codes
 from launch.local import num_ranks
-from launch.submission import Selection, load_site, open_recipe, select
+from launch.submission import Selection, load_site, missing_data, open_recipe, select
 from launch.tables import print_table
 from megatron_vl.config.load import config_hash
-from megatron_vl.config.schema import Part, StageConfig
+from megatron_vl.config.schema import Part, StageConfig, WeightSource
 from megatron_vl.cost.parameters import model_parameters
 
 
@@ -27,38 +27,53 @@ class StagePlan:
     source: str
     trainable: list[str]
     carries: str
+    starts_from: str
+    """`carries` in words: the stage whose weights are taken, and what is drawn anew."""
     steps: int
     sequences: int
+    sequence_length: int
     tokens: int
     """Positions trained on: steps times sequences times their length, padding included."""
     ranks: int
     layout: str
+    """The axes that have more than one rank, such as `tensor 2, data 4`."""
+    short_layout: str
+    """The same as the field writes it, such as `TP2 DP4`."""
     parameters: int
     trainable_parameters: int
     config_hash: str
 
 
-def plan_stage(source: Path, config: StageConfig) -> StagePlan:
-    """The plan of one checked stage."""
+def plan_stage(source: Path, config: StageConfig, before: str | None) -> StagePlan:
+    """The plan of one checked stage; `before` is the stage it follows, if any."""
     parallel, train, carry = config.parallel, config.train, config.carry
     sequences = train.steps * train.global_batch
     counted = model_parameters(config.model)
     axes = ("tensor", "pipeline", "context", "data")
     split = [f"{axis} {size}" for axis in axes if (size := getattr(parallel, axis)) > 1]
+    short = [f"{axis[0].upper()}P{getattr(parallel, axis)}" for axis in axes]
+    short = [word for word in short if not word.endswith("P1")] + ["SP"] * parallel.sequence
     split += ["sequence"] * parallel.sequence
     carried = [f"{carry.weights.name} weights"]
     carried += [f"fresh {part.name}" for part in carry.fresh]
     carried += ["optimizer"] * carry.optimizer + ["data cursor"] * carry.data_cursor
+    previous = carry.weights is WeightSource.previous
+    start = [before or "the stage before it" if previous else "random weights"]
+    start += [f"fresh {part.name}" for part in carry.fresh]
+    start += ["its optimizer"] * carry.optimizer + ["its data cursor"] * carry.data_cursor
     return StagePlan(
         stage=config.name,
         source=str(source),
         trainable=[part.name for part in train.trainable],
         carries=", ".join(carried),
+        starts_from=", ".join(start),
         steps=train.steps,
         sequences=sequences,
+        sequence_length=config.data.sequence_length,
         tokens=sequences * config.data.sequence_length,
         ranks=num_ranks(config),
         layout=", ".join(split),
+        short_layout=" ".join(short) or "-",
         parameters=counted.total,
         trainable_parameters=counted.of_parts({part.value for part in train.trainable}),
         config_hash=config_hash(config),
@@ -70,12 +85,24 @@ def main(args: Namespace) -> int:
     load_site(args.site)
     selection = Selection(args.first, args.last, tuple(args.skip))
     _, stages, selection = open_recipe(Path(args.recipe), selection, args.overrides)
-    chosen = select([name for name, _, _ in stages], selection)
-    plans = [plan_stage(path, config) for name, path, config in stages if name in chosen]
+    names = [name for name, _, _ in stages]
+    chosen = select(names, selection)
+    kept = [name for name in names if name not in selection.skip]
+    before = dict(zip(kept[1:], kept, strict=False))
+    plans = [
+        plan_stage(path, config, before.get(name))
+        for name, path, config in stages
+        if name in chosen
+    ]
+    missing = missing_data([config for name, _, config in stages if name in chosen])
     if args.json:
-        print(json.dumps({"stages": [asdict(plan) for plan in plans]}))
-    else:
-        _print(args.recipe, plans)
+        print(json.dumps({"stages": [asdict(plan) for plan in plans], "missing_data": missing}))
+        return exit_codes.OK
+    _print(args.recipe, plans)
+    for problem in missing:
+        print(f"before a submit: {problem}")
+    if missing:
+        print(f"to make it: mvl data prepare {args.recipe}")
     return exit_codes.OK
 
 
@@ -83,23 +110,22 @@ def _print(recipe: str, plans: list[StagePlan]) -> None:
     rows = [
         (
             plan.stage,
+            plan.starts_from,
             "all" if len(plan.trainable) == len(Part) else " ".join(plan.trainable),
-            plan.carries,
-            plan.layout,
+            plan.short_layout,
             f"{plan.ranks:,}",
             f"{plan.steps:,}",
-            f"{plan.sequences:,}",
+            f"{plan.sequences:,} x {plan.sequence_length:,}",
             short_count(plan.tokens),
-            short_count(plan.parameters),
-            short_count(plan.trainable_parameters),
+            f"{short_count(plan.trainable_parameters)} / {short_count(plan.parameters)}",
         )
         for plan in plans
     ]
-    names = ("stage", "trains", "starts from", "layout", "ranks", "steps", "sequences", "tokens")
-    title = f"{recipe}: {len(plans)} stage(s)"
-    print_table(title, (*names, "parameters", "learning"), rows, left=4)
+    names = ("stage", "starts from", "trains", "layout", "ranks", "steps", "sequences")
+    title = f"{recipe}: {len(plans)} {'stage' if len(plans) == 1 else 'stages'}"
+    print_table(title, (*names, "tokens", "trained / all"), rows, left=4)
     total = short_count(sum(plan.tokens for plan in plans))
-    print(f"{total} tokens in all; every check passed")
+    print(f"{total} tokens in all, padding included; every rule between keys holds")
 
 
 def short_count(value: int) -> str:

@@ -5,6 +5,7 @@ half a second on a login node.
 """
 
 import json
+import shlex
 import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass
@@ -44,8 +45,13 @@ def run_status(run: RunFolder) -> list[StageStatus]:
 
 
 def overall(stages: list[StageStatus]) -> str:
-    """One word for a run: that of the first stage that is not done."""
-    return next((stage.status for stage in stages if stage.status != "done"), "done")
+    """One word for a run: that of the first stage that is not done.
+
+    `partial` when some stages are done and nothing has gone wrong: nobody has asked for the others,
+    or a supervisor is about to start the next.
+    """
+    word = next((stage.status for stage in stages if stage.status != "done"), "done")
+    return "partial" if word == "waiting" and stages[0].status == "done" else word
 
 
 def main(args: Namespace) -> int:
@@ -129,7 +135,11 @@ def _print_run(run: RunFolder, stages: list[StageStatus]) -> None:
         if stage.status in ("failed", "held", "incomplete"):
             print(f"{stage.stage}: {stage.reason}")
         if stage.status == "lost":
-            print(f"{stage.stage}: its supervisor is gone; submit the run again to go on")
+            print(f"{stage.stage}: its supervisor is gone")
+    if overall(stages) != "done" and holder(run) is None:
+        plan = run.plan()
+        words = ["mvl", "submit", plan["recipe"], "--run", str(run.path), *plan["overrides"]]
+        print(f"nothing is running; to go on: {shlex.join(words)}")
 
 
 def _print_runs(found: dict[RunFolder, list[StageStatus]]) -> None:

@@ -7,6 +7,7 @@ folder is the only source: editing the recipe does not change a run under way.
 Refuses: a run made from other stages; a changed configuration of a stage that is already done.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from launch.local import num_ranks
+from launch.lock import LOCK_NAME
 from megatron_vl.config.errors import ConfigError
 from megatron_vl.config.load import config_hash, differences, load_recipe, load_stage, to_yaml
 from megatron_vl.config.schema import StageConfig
@@ -66,6 +68,51 @@ def open_recipe(
     return path, load_recipe(path, overrides), selection
 
 
+def run_folder(text: str) -> RunFolder:
+    """The run folder that `--run` names: a run, or a place for a new one. Raises RunError."""
+    path = Path(text)
+    if not text.strip():
+        raise RunError("--run is empty; name a folder, such as runs/demo")
+    if path.exists() and not path.is_dir():
+        raise RunError(f"--run {path}: is a file; name a folder, such as {path.parent / 'run'}")
+    run = RunFolder(path)
+    files = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    if not run.exists() and files - {LOCK_NAME}:
+        raise RunError(
+            f"--run {path}: holds other files (such as {min(files)}) and no run; name a new "
+            f"folder, such as {path / 'run'}"
+        )
+    return run
+
+
+def check_data(recipe: str, configs: Sequence[StageConfig]) -> None:
+    """Refuse stages whose data is not there, before anything starts. Raises ConfigError."""
+    problems = missing_data(configs)
+    if problems:
+        overrides = {f" data.root={shlex.quote(config.data.root)}" for config in configs}
+        raise ConfigError(
+            [*problems, f"to make it: mvl data prepare {shlex.quote(recipe)}{min(overrides)}"]
+        )
+
+
+def missing_data(configs: Sequence[StageConfig]) -> list[str]:
+    """What the stages read that is not on disk, one message each."""
+    problems = []
+    for config in configs:
+        root = Path(config.data.root)
+        if not root.is_dir():
+            problems.append(
+                f"data.root is {config.data.root}: no such folder (looked in {Path.cwd()})"
+            )
+            continue
+        there = sorted(path.name for path in root.iterdir() if (path / ".nv-meta").is_dir())
+        for source in config.data.blend:
+            if source not in there:
+                held = ", ".join(there) or "no source"
+                problems.append(f"{config.name}: data.blend names {source}; {root} holds {held}")
+    return list(dict.fromkeys(problems))
+
+
 def prepare(
     recipe: Path,
     run: RunFolder,
@@ -82,7 +129,7 @@ def prepare(
     selected = select([name for name, _, _ in stages], selection)
     plan = _plan(run, folder, stages, selected, selection, site, overrides)
     if run.exists():
-        _refuse_other_stages(run, plan)
+        _refuse_other_recipe(run, plan)
     configs = {name: config for name, _, config in stages}
     folders = {
         entry["name"]: StageFolder(run.path / "stages" / entry["folder"], entry["name"])
@@ -137,8 +184,8 @@ def _plan(
     }
 
 
-def _refuse_other_stages(run: RunFolder, plan: dict[str, Any]) -> None:
-    """A run keeps its stages: their folders are numbered, and receipts name their parents."""
+def _refuse_other_recipe(run: RunFolder, plan: dict[str, Any]) -> None:
+    """A run keeps its recipe: its folders are numbered, its receipts name their parents."""
     earlier = run.plan()
     before = [entry["name"] for entry in earlier["stages"]]
     after = [entry["name"] for entry in plan["stages"]]
@@ -146,6 +193,12 @@ def _refuse_other_stages(run: RunFolder, plan: dict[str, Any]) -> None:
         raise RunError(
             f"{run.path} was made from {earlier['recipe']} with the stages {', '.join(before)}; "
             f"{plan['recipe']} has {', '.join(after)}. Choose another --run"
+        )
+    same = Path(earlier["recipe"]).resolve() == Path(plan["recipe"]).resolve()
+    if not same and any(stage.last_attempt() for stage in run.stages()):
+        raise RunError(
+            f"{run.path} was started from the recipe {earlier['recipe']}, not {plan['recipe']}; "
+            f"submit {earlier['recipe']} to go on, or choose another --run"
         )
 
 

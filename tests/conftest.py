@@ -1,5 +1,8 @@
-"""What the whole test run shares: one small data set, one pool of ranks."""
+"""What the whole test run shares: one small data set, one short run, one pool of ranks."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,53 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> SmallData:
     sizes = {"captions": 60, "ocr": 60, "qa": 60, "code": 60, "text": 60, "long_text": 12}
     prepare_laptop(config.data, config.model, seed=11, sizes=sizes, progress=lambda line: None)
     return SmallData(root)
+
+
+@dataclass(frozen=True)
+class ShortRun:
+    """The laptop recipe, a few steps a stage, run by `mvl submit` from another directory.
+
+    Attributes:
+        path: the run folder.
+        overrides: what it was submitted with.
+        output: what `mvl submit --follow` printed.
+    """
+
+    path: Path
+    overrides: tuple[str, ...]
+    output: str
+
+
+def mvl(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the `mvl` command in a process of its own, from the repository's root."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=420,
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, f"mvl {' '.join(arguments)}\n{done.stdout}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory: pytest.TempPathFactory, small_data: SmallData) -> ShortRun:
+    """init and stages 0-4, three steps each, on one rank."""
+    path = tmp_path_factory.mktemp("runs") / "short"
+    overrides = (
+        small_data.override,
+        "train.steps=3",
+        "train.global_batch=2",
+        "evaluation.every=0",
+        "parallel.data=1",
+    )
+    done = mvl("submit", str(LAPTOP), "--run", str(path), "--follow", *overrides)
+    return ShortRun(path, overrides, done.stdout)
 
 
 @pytest.fixture(scope="session")

@@ -184,13 +184,18 @@ def _tensor_split(config: StageConfig) -> Iterator[str]:
         "model.encoder.ffn_hidden_size": model.encoder.ffn_hidden_size,
         "model.projector.ffn_hidden_size": model.projector.ffn_hidden_size,
     }
+    cut = {key: size for key, size in sizes.items() if size % tensor}
+    if not cut:
+        return
     fitting = nearest_divisor(math.gcd(*sizes.values()), tensor)
-    for key, size in sizes.items():
-        if size % tensor:
-            yield (
-                f"{key} is {size}, must be a multiple of parallel.tensor {tensor}; nearest valid: "
-                f"{key} {nearest_multiple(size, tensor)}, or parallel.tensor {fitting}"
-            )
+    named = " and ".join(f"{key} is {size}" for key, size in list(cut.items())[:2])
+    more = f" ({len(cut)} sizes in all)" if len(cut) > 2 else ""
+    raised = " and ".join(f"{key} {nearest_multiple(cut[key], tensor)}" for key in cut)
+    other = f", or {raised}" if len(cut) <= 2 else ""
+    yield (
+        f"parallel.tensor is {tensor}, must divide every size it cuts, but {named}{more}; "
+        f"nearest valid: parallel.tensor {fitting}{other}"
+    )
 
 
 def _pipeline_split(config: StageConfig) -> Iterator[str]:

@@ -88,11 +88,13 @@ def load_recipe(
     folder = Path(folder)
     stages: list[tuple[str, Path, StageConfig]] = []
     problems: list[str] = []
+    broken: dict[str, list[Path]] = {}
     for path in stage_files(folder):
         try:
             config = load_stage(path, overrides)
         except ConfigError as error:
-            problems += error.problems
+            for problem in error.problems:
+                broken.setdefault(problem.removeprefix(f"{path}: "), []).append(path)
             continue
         if config.name != path.stem:
             problems.append(
@@ -100,11 +102,21 @@ def load_recipe(
                 f"set `name: {path.stem}`"
             )
         stages.append((config.name, path, config))
+    problems += [_once(problem, paths) for problem, paths in broken.items()]
     if not problems:
         problems = check_recipe([config for _, _, config in stages], whole=folder.is_dir())
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return stages
+
+
+def _once(problem: str, paths: list[Path]) -> str:
+    """A problem that one or several stage files share, told once."""
+    if problem.startswith(("override ", f"{paths[0].parent}{os.sep}")):
+        return problem  # it names its own place: an override, a base file, a line
+    first, *rest = paths
+    others = ", ".join(path.name for path in rest)
+    return f"{first}{f' (so too {others})' if others else ''}: {problem}"
 
 
 def stage_files(folder: Path) -> list[Path]:

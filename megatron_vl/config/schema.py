@@ -219,8 +219,8 @@ class EvaluationConfig:
     """Held-out loss during training."""
 
     every: int = 0
-    """Steps between evaluations; one always runs after the last step, 0 runs that one only. [steps;
-    train]"""
+    """Steps between evaluations; 0 leaves the two that always run: before the first step and after
+    the last. [steps; train]"""
     batches: int = 1
     """Global batches of the held-out split in one evaluation. [batches; train]"""
 

@@ -26,7 +26,6 @@ MODULES_WITH_CUDA_LITERALS = (
     "megatron.core.utils",
     "megatron.core.optimizer.optimizer",
     "megatron.core.optimizer.clip_grads",
-    "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.distributed.param_and_grad_buffer",
 )

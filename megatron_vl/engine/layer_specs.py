@@ -28,7 +28,7 @@ from megatron_vl.engine.torch_layers import CoreAttention, LayerNormColumnParall
 
 @dataclass(frozen=True)
 class Blocks:
-    """The five modules a spec is made of.
+    """The four modules a spec is made of.
 
     Attributes:
         norm_linear: a norm fused with the column-parallel linear it feeds.

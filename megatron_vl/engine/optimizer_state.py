@@ -40,12 +40,24 @@ def allocate(optimizer: MegatronOptimizer) -> None:
                     }
 
 
+# What a stage's config says, whatever the checkpoint's stage said.
+SETTINGS = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps")
+
+
 def load(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Take over what `sharded_state_dict(is_loading=True)` was filled with.
+    """Take over what `sharded_state_dict(is_loading=True)` was filled with, but no settings: decay,
+    betas and epsilon stay those the optimizer was made with.
 
     Args:
         loaded: the filled description; its parameter state is of the fully reshardable kind.
     """
+    own = [{key: group[key] for key in SETTINGS} for group in optimizer.param_groups]
+    _load_state(optimizer, loaded)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
+def _load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     parts = _parts(optimizer)
     if len(parts) != 1 or not _is_torch_adam(parts[0]):
         optimizer.load_state_dict(loaded)

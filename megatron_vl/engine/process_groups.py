@@ -55,7 +55,8 @@ def create(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:
         raise ValueError(
             f"parallel asks for {world_size(parallel)} ranks (tensor {parallel.tensor} x pipeline "
             f"{parallel.pipeline} x context {parallel.context} x data {parallel.data}), "
-            f"{joined} joined; set parallel.data so that the product is {joined}"
+            f"{joined} joined; start {world_size(parallel)} ranks, or set parallel so that the "
+            f"product is {joined}"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -63,7 +64,7 @@ def create(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:
         context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
     )
-    # Weights are drawn by `engine.initialize`, independent of the layout; this seed only serves
+    # Weights are drawn by `model.initialize`, independent of the layout; this seed only serves
     # the RNG tracker that megatron-core's constructors insist on.
     model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()

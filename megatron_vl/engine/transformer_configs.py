@@ -1,7 +1,7 @@
 """From a stage's config to megatron-core's `TransformerConfig`s: decoder, encoder, projector.
 
 Fusions that exist only as CUDA extensions are off: the Transformer Engine spec brings its own, the
-torch spec has none. Weights are drawn by `engine.initialize`, so megatron-core's own
+torch spec has none. Weights are drawn by `model.initialize`, so megatron-core's own
 initialisation, which depends on the layout, is off too.
 """
 

@@ -17,7 +17,7 @@ from megatron_vl.engine.platform import PLATFORM
 from megatron_vl.model.vlm import VisionLanguageModel
 from megatron_vl.run.folder import RunError, RunFolder
 from megatron_vl.train.build import build_model
-from megatron_vl.train.checkpoint import load_weights
+from megatron_vl.train.checkpoint import STATE_FILE, latest, load_weights
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,22 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     Raises:
         RunError: nothing there is a finished checkpoint.
     """
+    asked, path = path, path.resolve()
     run = RunFolder(path)
     if run.exists():
         for stage in reversed(run.stages()):
             receipt = stage.receipt()
             if receipt is not None and receipt.done:
                 return stage.checkpoint_path(receipt), stage.config_path
-        raise RunError(f"{path}: no stage of this run is done yet; `mvl status {path}` shows it")
-    for folder, stage_path in ((path, path.parent.parent), (None, path)):
-        if not (stage_path / "config.yaml").is_file():
-            continue
-        if folder is not None:
-            return folder, stage_path / "config.yaml"
-        checkpoints = sorted((stage_path / "checkpoints").glob("step_??????"))
-        if checkpoints:
-            return checkpoints[-1], stage_path / "config.yaml"
+        raise RunError(f"{asked}: no stage of this run is done yet; `mvl status {asked}` shows it")
+    for checkpoint, stage_path in (
+        (path if (path / STATE_FILE).is_file() else None, path.parent.parent),
+        (latest(path / "checkpoints"), path),
+    ):
+        if checkpoint is not None and (stage_path / "config.yaml").is_file():
+            return checkpoint, stage_path / "config.yaml"
     raise RunError(
-        f"{path}: neither a run folder, a stage folder of a run, nor a checkpoint "
+        f"{asked}: neither a run folder, a stage folder of a run, nor a checkpoint "
         "(runs/NAME/stages/NN_name/checkpoints/step_NNNNNN)"
     )
 

@@ -6,9 +6,9 @@ so a run started at TP2xPP2 is the run started on one rank.
 
 Rules (sources: Megatron-LM's scaled initialisation; Mamba-2's published initialisation, through
 megatron-core's MambaMixer): matrices are normal with the part's `init_std`; matrices that write
-into the residual stream are scaled by 1/sqrt(2 * layers); norms start at 1, biases at 0; A is
-uniform in 1..16; dt is log-uniform in 1e-3..0.1; D is 1; convolutions are uniform within
-+-1/sqrt(width).
+into the residual stream are scaled by 1/sqrt(writes), of which a decoder layer makes one and an
+encoder layer two; norms start at 1, biases at 0; A is uniform in 1..16; dt is log-uniform in
+1e-3..0.1; D is 1; convolutions are uniform within +-1/sqrt(width).
 
 Cost: each rank draws every full tensor once, on the CPU. For 12B starting weights use a released
 checkpoint instead of drawing them.
@@ -95,7 +95,7 @@ def _std(key: str, model: ModelConfig) -> float:
     if part is Part.projector:
         return model.projector.init_std
     if part is Part.encoder:
-        std, layers = model.encoder.init_std, model.encoder.num_layers
+        std, writes = model.encoder.init_std, 2 * model.encoder.num_layers
     else:
-        std, layers = model.decoder.init_std, len(model.decoder.pattern)
-    return std / math.sqrt(2 * layers) if key.endswith(WRITES_TO_RESIDUAL) else std
+        std, writes = model.decoder.init_std, len(model.decoder.pattern)
+    return std / math.sqrt(writes) if key.endswith(WRITES_TO_RESIDUAL) else std

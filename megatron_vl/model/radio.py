@@ -119,8 +119,9 @@ class RadioEncoder(VisionModule):
         )
         pixel_scale = torch.tensor([std * 255 for std in PIXEL_STD], device=device)
         pixel_shift = torch.tensor([mean * 255 for mean in PIXEL_MEAN], device=device)
-        self.register_buffer("pixel_scale_C", pixel_scale, persistent=False)
-        self.register_buffer("pixel_shift_C", pixel_shift, persistent=False)
+        # No buffers: a cast of the module to bfloat16 would round them.
+        self.pixel_scale_C = pixel_scale
+        self.pixel_shift_C = pixel_shift
 
     def forward(self, tiles_TCHW: Tensor) -> Tensor:
         """Encode tiles.
@@ -156,8 +157,8 @@ class RadioEncoder(VisionModule):
                 f"tiles of {height}x{width} pixels do not split into patches of {patch}x{patch}; "
                 f"the nearest edge is {max(round(height / patch), 1) * patch}"
             )
-        shift_C11 = self.pixel_shift_C.float().view(-1, 1, 1)
-        scale_C11 = self.pixel_scale_C.float().view(-1, 1, 1)
+        shift_C11 = self.pixel_shift_C.view(-1, 1, 1)
+        scale_C11 = self.pixel_scale_C.view(-1, 1, 1)
         pixels_TCHW = ((tiles_TCHW.float() - shift_C11) / scale_C11).to(self.class_token.dtype)
         grid = pixels_TCHW.view(
             tiles, channels, height // patch, patch, width // patch, patch

@@ -6,6 +6,7 @@ each event is one write to a file opened with O_APPEND, which the system does no
 
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,20 @@ class Journal:
             return []
         lines = self.path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1]]
+
+
+def wall_seconds(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Wall time of each stage over all its attempts that ended, from `started` to `ended` events.
+
+    It includes what a rank's own clock cannot see: its start, its end, and attempts that failed.
+    """
+    started: dict[tuple[str, int], datetime] = {}
+    spent: dict[str, float] = {}
+    for event in events:
+        key = (event["stage"], event["attempt"])
+        if event["event"] == "started":
+            started[key] = datetime.fromisoformat(event["time"])
+        elif event["event"] == "ended" and key in started:
+            length = datetime.fromisoformat(event["time"]) - started.pop(key)
+            spent[event["stage"]] = spent.get(event["stage"], 0.0) + length.total_seconds()
+    return spent

@@ -75,7 +75,10 @@ def prepare_training(
     wrapped = DistributedDataParallel(
         core_config,
         DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=True
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            # It raises on one rank and leaves the others waiting; train_step checks on all.
+            check_for_nan_in_grad=False,
         ),
         inner,
         pg_collection=groups,
@@ -89,6 +92,9 @@ def prepare_training(
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
+    # megatron-core leaves this to its scheduler, which is not used here.
+    for group in optimizer.param_groups:
+        group["weight_decay"] *= group["wd_mult"]
     core_config.finalize_model_grads_func = finalize_model_grads
     core_config.grad_scale_func = optimizer.scale_loss
     return Trainee(

@@ -23,7 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_vl.engine import optimizer_state
-from megatron_vl.engine.sharding import checkpoint_metadata
+from megatron_vl.engine.sharding import checkpoint_metadata, sharded_tensors
 from megatron_vl.model.vlm import VisionLanguageModel
 from megatron_vl.train.build import Trainee
 
@@ -41,6 +41,7 @@ class LoopState:
         data_cursor: packs consumed over all ranks.
         optimizer: the folder holds optimizer state.
         trainable: parts whose optimizer state it holds.
+        parent: digest of the checkpoint the stage started from; empty for drawn weights.
     """
 
     stage: str
@@ -48,6 +49,7 @@ class LoopState:
     data_cursor: int
     optimizer: bool
     trainable: list[str]
+    parent: str = ""
 
 
 class CheckpointError(ValueError):
@@ -87,11 +89,16 @@ def read_state(folder: Path) -> LoopState:
 def save(folder: Path, trainee: Trainee, state: LoopState) -> None:
     """Write a checkpoint; every rank calls it, all return when it is complete.
 
+    A complete checkpoint of the same state is kept as it is: a stage that was cut off between its
+    last save and its receipt comes by here again.
+
     Args:
-        folder: final place; an older folder of that name is replaced.
+        folder: final place; a folder of that name with another state is replaced.
         state: `state.optimizer` says whether the optimizer state goes in.
     """
     first = torch.distributed.get_rank() == 0
+    if (folder / STATE_FILE).is_file() and read_state(folder) == state:
+        return
     partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
     if first:
         shutil.rmtree(partial, ignore_errors=True)
@@ -109,16 +116,21 @@ def save(folder: Path, trainee: Trainee, state: LoopState) -> None:
         _sync_to_disk(partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
+        _sync(folder.parent)
     torch.distributed.barrier()
 
 
 def _sync_to_disk(folder: Path) -> None:
     for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_weights(
@@ -132,10 +144,36 @@ def load_weights(
     state = read_state(folder)
     metadata = checkpoint_metadata(groups)
     tree = module.sharded_state_dict(metadata=metadata)
+    _refuse_other_model(folder, module, groups)
     wanted = set(tree)
     loaded = _load(tree, folder)
     module.load_state_dict({name: loaded[name] for name in wanted})
     return state
+
+
+def _refuse_other_model(
+    folder: Path, module: VisionLanguageModel, groups: ProcessGroupCollection
+) -> None:
+    """Compare names and shapes with what is stored, over all pipeline stages, before reading."""
+    here = {shard.key: tuple(shard.global_shape) for shard in sharded_tensors(module, groups)}
+    stages: list[dict[str, tuple[int, ...]]] = [{}] * groups.pp.size()
+    torch.distributed.all_gather_object(stages, here, group=groups.pp)
+    model = {name: shape for stage in stages for name, shape in stage.items()}
+    stored = {
+        name: tuple(entry.size)
+        for name, entry in _tensor_entries(folder).items()
+        if not name.startswith("optimizer.")
+    }
+    differing = sorted(
+        name for name in model.keys() | stored.keys() if model.get(name) != stored.get(name)
+    )
+    if differing:
+        name = differing[0]
+        raise CheckpointError(
+            f"{folder} does not fit this model: {len(differing)} tensors differ, the first is "
+            f"{name}, {stored.get(name, 'absent')} there and {model.get(name, 'absent')} here; "
+            "compare the model section of the stage that wrote it"
+        )
 
 
 def load_optimizer(folder: Path, trainee: Trainee) -> None:
@@ -187,16 +225,23 @@ def full_tensors(folder: Path, *, optimizer: bool = False) -> dict[str, Tensor]:
     """
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint import load as dcp_load
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     read_state(folder)
-    reader = FileSystemReader(str(folder))
-    entries = reader.read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
-        and (optimizer or not name.startswith("optimizer."))
+        for name, entry in _tensor_entries(folder).items()
+        if optimizer or not name.startswith("optimizer.")
     }
-    dcp_load(tensors, storage_reader=reader, no_dist=True)
+    dcp_load(tensors, storage_reader=FileSystemReader(str(folder)), no_dist=True)
     return tensors
+
+
+def _tensor_entries(folder: Path) -> dict[str, Any]:
+    """What the checkpoint says about each tensor it holds, by stored name."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    entries = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
+    }

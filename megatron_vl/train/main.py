@@ -109,8 +109,10 @@ class Loop:
         self.trainable_names = {part.value for part in config.train.trainable}
 
     def run(self, attempt: int) -> None:
-        """Train to the last step, evaluating and saving on the way."""
+        """Train to the last step, evaluating (before the first step too) and saving on the way."""
         self._say_what_learns()
+        if self.step == 0:
+            self._evaluate()
         while self.step < self.config.train.steps:
             self._one_step()
             if self._due(self.config.evaluation.every):
@@ -202,6 +204,7 @@ class Loop:
             data_cursor=self.loader.cursor,
             optimizer=optimizer,
             trainable=sorted(self.trainable_names),
+            parent=self.start.parent.digest if self.start.parent else "",
         )
         save(folder, self.trainee, state)
         if not self.speaks:

@@ -56,9 +56,11 @@ def start_stage(
     parent, source = _parent(config, run, stage)
     resumed = latest(stage.checkpoints)
     if resumed is not None:
+        _refuse_other_parent(resumed, parent)
         state = load_weights(resumed, module, groups)
         trainee = prepare_training(module, config, groups)
-        load_optimizer(resumed, trainee)
+        if state.optimizer or state.step < config.train.steps:
+            load_optimizer(resumed, trainee)
         said = f"goes on after step {state.step}, from {resumed.name}"
         return Start(trainee, state.step, state.data_cursor, parent, said)
     if source is None:
@@ -93,6 +95,15 @@ def _parent(
         ParentRef(stage=receipt.stage, digest=receipt.checkpoint.digest),
         folder.checkpoint_path(receipt),
     )
+
+
+def _refuse_other_parent(resumed: Path, parent: ParentRef | None) -> None:
+    came_from = read_state(resumed).parent
+    if came_from != (parent.digest if parent else ""):
+        raise CheckpointError(
+            f"{resumed} was trained from another checkpoint than the one the stage before it has "
+            f"now; move {resumed.parent} away to start this stage anew"
+        )
 
 
 def _carry_optimizer(source: Path, trainee: Trainee, config: StageConfig) -> None:

@@ -104,6 +104,7 @@ def run_batch(
     Returns:
         The batch's square-averaged loss, the same on every rank.
     """
+    assert counts.weight > 0, "a global batch without a supervised token"
     scale = undo_averaging(len(packs), trainee.groups.dp.size()) / counts.weight
     results = get_forward_backward_func()(
         forward_step_func=partial(_forward, scale=scale),
@@ -150,6 +151,9 @@ def train_step(
     if not math.isfinite(loss):
         keys = ", ".join(key for pack in packs for key in pack.sample_keys[:3])
         raise NonFiniteLossError(f"the loss is {loss}; first samples of this rank's packs: {keys}")
+    trainee.optimizer.prepare_grads()
+    if not math.isfinite(trainee.optimizer.get_grad_norm()):
+        raise NonFiniteLossError(f"the loss is {loss}, but a gradient is not finite")
     for group in trainee.optimizer.param_groups:
         group["lr"] = learning_rate
     updated, grad_norm, _ = trainee.optimizer.step()

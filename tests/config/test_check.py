@@ -29,20 +29,24 @@ def problems(*overrides: str) -> list[str]:
         (["model.encoder.num_layers=0"], "model.encoder.num_layers is 0", "nearest valid: 1"),
         (["optimizer.lr=0"], "must be a number above 0", "1e-5"),
         (["optimizer.beta2=1"], "below 1", "0.999"),
-        (["optimizer.min_lr=1"], "between 0 and optimizer.lr", "nearest valid: 0.001"),
+        (
+            ["optimizer.min_lr=1", "optimizer.lr=0.001"],
+            "between 0 and optimizer.lr",
+            "nearest valid: 0.001",
+        ),
         (["optimizer.min_lr=-1"], "between 0 and optimizer.lr", "nearest valid: 0.0"),
         (["model.decoder.pattern=MX*-MM-Q"], "holds 'Q' 'X'", "'M*-MM-'"),
         (["model.decoder.num_query_groups=3"], "must divide", "nearest valid: 2"),
         (["model.decoder.mamba_num_groups=3"], "must divide", "nearest valid: 2"),
         (["model.encoder.num_attention_heads=5"], "must divide", "nearest valid: 4"),
         (["model.padded_vocab_size=2000"], "at least model.vocab_size 2048", "nearest valid: 2048"),
-        (["parallel.tensor=3"], "model.decoder.num_attention_heads is 4", "parallel.tensor 2"),
+        (["parallel.tensor=3"], "parallel.tensor is 3, must divide", "parallel.tensor 2"),
+        (["parallel.tensor=3"], "model.padded_vocab_size is 2048", "parallel.tensor 2"),
         (
             ["parallel.tensor=4"],
-            "num_query_groups is 2",
-            "num_query_groups 4, or parallel.tensor 2",
+            "num_query_groups is 2 and model.decoder.mamba_num_groups is 2",
+            "parallel.tensor 2, or model.decoder.num_query_groups 4 and",
         ),
-        (["parallel.tensor=4"], "mamba_num_groups is 2", "parallel.tensor 2"),
         (["parallel.pipeline=3"], "8 layers", "parallel.pipeline 2, or set parallel.first_stage_l"),
         (["parallel.first_stage_layers=2"], "parallel.pipeline is 1", "nearest valid: 0"),
         (
@@ -60,7 +64,7 @@ def problems(*overrides: str) -> list[str]:
         (["data.tile_size=60"], "must be a multiple of 16", "nearest valid: 64"),
         (["data.tile_size=512"], "64 patches a side", "data.tile_size 256, or position_grid 64"),
         (
-            ["parallel.data=3"],
+            ["parallel.data=3", "train.global_batch=8"],
             "train.global_batch is 8",
             "train.global_batch 9, or parallel.data 2",
         ),
@@ -146,3 +150,9 @@ def test_nearest_divisor_is_one_and_none_is_nearer(whole: int, value: int) -> No
     assert whole % found == 0
     distances = [abs(size - value) for size in range(1, whole + 1) if whole % size == 0]
     assert abs(found - value) == min(distances)
+
+
+def test_one_rule_broken_many_times_is_one_message() -> None:
+    (message,) = problems("parallel.tensor=3")
+    assert "8 sizes in all" in message
+    assert len(message) < 250

@@ -181,16 +181,17 @@ def test_resolved_yaml_loads_to_an_equal_config(tmp_path: Path) -> None:
 
 
 def test_hash_follows_every_value_and_nothing_else() -> None:
+    steps = load_stage(STAGE).train.steps
     plain = config_hash(load_stage(STAGE))
     assert len(plain) == 12
-    assert config_hash(load_stage(STAGE, ["train.steps=60"])) == plain
-    for override in ("train.steps=61", "data.blend.text=3", "train.trainable=[decoder]"):
+    assert config_hash(load_stage(STAGE, [f"train.steps={steps}"])) == plain
+    for override in (f"train.steps={steps + 1}", "data.blend.text=3", "train.trainable=[decoder]"):
         assert config_hash(load_stage(STAGE, [override])) != plain
 
 
 def test_differences_name_both_values() -> None:
-    changed = differences(load_stage(STAGE), load_stage(STAGE, ["train.steps=61"]))
-    assert changed == {"train.steps": (60, 61)}
+    before, after = (load_stage(STAGE, [f"train.steps={steps}"]) for steps in (60, 61))
+    assert differences(before, after) == {"train.steps": (60, 61)}
 
 
 def test_laptop_recipe_has_its_six_stages_in_order() -> None:
@@ -211,6 +212,13 @@ def test_a_recipe_reports_the_problems_of_all_its_stages(tmp_path: Path) -> None
         load_recipe(tmp_path)
     assert "train.stepz" in str(caught.value)
     assert "set `name: stage0`" in str(caught.value)
+
+
+def test_a_problem_that_stages_share_is_told_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(LAPTOP, ["parallel.tensor=3"])
+    (problem,) = caught.value.problems
+    assert "init.yaml (so too stage0.yaml, stage1.yaml" in problem
 
 
 @pytest.mark.parametrize("make", ["missing", "empty"])

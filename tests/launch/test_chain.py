@@ -13,13 +13,14 @@ import psutil
 import pytest
 
 from launch import exit_codes
-from launch.chain import Cancelled, Supervisor, _sigterm_raises
+from launch.chain import Cancelled, Supervisor, _signals_raise
 from launch.cli import main
 from launch.lock import BusyError, RunLock, holder
 from launch.submission import Selection, load_site, prepare, select
 from megatron_vl.config.errors import ConfigError
 from megatron_vl.run.folder import ParentError, RunError, RunFolder
 from tests.launch.small_recipe import FAILS, FINISHES, SILENT, SLEEPS, programs, write_recipe
+from tests.launch.watchers import KeepingWatcher
 
 
 @pytest.fixture
@@ -30,11 +31,9 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def supervise(run: RunFolder, **by_stage: Any) -> tuple[int, list[str]]:
-    said: list[str] = []
-    supervisor = Supervisor(
-        run, say=said.append, build_commands=programs(**by_stage), grace_seconds=2.0
-    )
-    return supervisor.run_selected(), said
+    watcher = KeepingWatcher()
+    supervisor = Supervisor(run, watcher, build_commands=programs(**by_stage), grace_seconds=2.0)
+    return supervisor.run_selected(), watcher.said
 
 
 def events(run: RunFolder) -> list[tuple[str, str | None]]:
@@ -122,10 +121,13 @@ def test_a_stage_does_not_start_without_its_parent(tmp_path: Path) -> None:
     assert run.stage("stage0").last_attempt() == 0
 
 
-def test_sigterm_stops_the_ranks_and_leaves_an_incomplete_receipt(run: RunFolder) -> None:
-    threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM)).start()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_stops_the_ranks_and_leaves_an_incomplete_receipt(
+    run: RunFolder, number: signal.Signals
+) -> None:
+    threading.Timer(0.7, os.kill, (os.getpid(), number)).start()
     begun = time.monotonic()
-    with pytest.raises(Cancelled), _sigterm_raises():
+    with pytest.raises(Cancelled), _signals_raise():
         supervise(run, init=SLEEPS)
     assert time.monotonic() - begun < 10
     receipt = run.stage("init").receipt()
@@ -141,7 +143,7 @@ def test_a_program_that_cannot_start_is_a_failure_not_a_cancel(run: RunFolder) -
         return commands
 
     with pytest.raises(FileNotFoundError):
-        Supervisor(run, say=lambda text: None, build_commands=broken).run_selected()
+        Supervisor(run, KeepingWatcher(), build_commands=broken).run_selected()
     receipt = run.stage("init").receipt()
     assert receipt is not None
     assert receipt.status == "failed"
@@ -164,6 +166,14 @@ def test_a_run_keeps_its_stages(run: RunFolder, tmp_path: Path) -> None:
     (recipe / "stage0.yaml").unlink()
     with pytest.raises(RunError, match="with the stages init, stage0"):
         prepare(recipe, run, Selection(), "local")
+
+
+def test_a_run_keeps_its_recipe_once_it_has_started(run: RunFolder, tmp_path: Path) -> None:
+    twin = write_recipe(tmp_path / "twin")
+    assert prepare(twin, run, Selection(), "local") == ["init", "stage0"]
+    supervise(run, init=FAILS)
+    with pytest.raises(RunError, match=r"was started from the recipe .*twin, not .*recipe"):
+        prepare(tmp_path / "recipe", run, Selection(), "local")
 
 
 def test_a_stage_file_selects_itself(tmp_path: Path) -> None:
@@ -216,12 +226,13 @@ def test_unknown_sites_and_launchers_are_refused(tmp_path: Path) -> None:
 
 def test_cancel_stops_a_run_from_outside(run: RunFolder) -> None:
     program = (
-        "import sys; from launch.chain import Supervisor, _sigterm_raises\n"
+        "import sys; from launch.chain import Supervisor, _signals_raise\n"
         "from launch.lock import RunLock; from megatron_vl.run.folder import RunFolder\n"
         "from tests.launch.small_recipe import SLEEPS, programs\n"
+        "from tests.launch.watchers import KeepingWatcher\n"
         "run = RunFolder(sys.argv[1]); lock = RunLock.take(run)\n"
-        "with _sigterm_raises():\n"
-        "    Supervisor(run, build_commands=programs(init=SLEEPS)).run_selected()"
+        "with _signals_raise():\n"
+        "    Supervisor(run, KeepingWatcher(), build_commands=programs(init=SLEEPS)).run_selected()"
     )
     supervisor = subprocess.Popen(
         [sys.executable, "-c", program, str(run.path)],

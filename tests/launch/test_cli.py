@@ -104,13 +104,14 @@ def test_plan_counts_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = json.loads(capsys.readouterr().out)["stages"]
     assert (first["stage"], first["carries"]) == ("init", "random weights")
     assert second["trainable"] == ["projector"]
-    assert second["tokens"] == second["steps"] * 8 * 512
+    assert second["tokens"] == second["sequences"] * 512
+    assert second["starts_from"] == "init, fresh projector"
     assert first["parameters"] == first["trainable_parameters"] == second["parameters"]
     assert second["trainable_parameters"] < second["parameters"] / 4
     assert main(["plan", str(LAPTOP)]) == 0
     text = capsys.readouterr().out
     assert "stage4" in text
-    assert "every check passed" in text
+    assert "every rule between keys holds" in text
 
 
 def test_config_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +121,7 @@ def test_config_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "show", stage, "--origins"]) == 0
     assert re.search(r"name = stage0 +# .*stage0\.yaml:\d+", capsys.readouterr().out)
     assert main(["config", "diff", stage, str(LAPTOP / "stage1.yaml")]) == 0
-    assert "train.trainable: ['projector'] -> " in capsys.readouterr().out
+    assert "train.trainable: [projector] -> " in capsys.readouterr().out
     assert main(["config", "schema"]) == 0
     assert "optimizer.clip_grad" in capsys.readouterr().out
 
@@ -156,3 +157,67 @@ def test_train_refuses_what_the_run_was_not_planned_with(
 ) -> None:
     assert main(["train", str(LAPTOP / "init.yaml"), "--run", str(run.path)]) == 2
     assert "not the configuration this run was planned with" in capsys.readouterr().err
+
+
+def test_a_submit_that_is_refused_leaves_no_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    data = f"data.root={tmp_path}"
+    for run, overrides, message in [
+        ("new", ["data.root=/no/such"], "mvl data prepare"),
+        ("new", [data], "data.blend names"),
+        ("new", ["train.stepz=1"], "nearest valid key"),
+        ("file", [data], "is a file; name a folder"),
+        ("full", [data], "holds other files (such as mine) and no run"),
+    ]:
+        assert main(["submit", str(LAPTOP), "--run", str(tmp_path / run), *overrides]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["submit", str(LAPTOP), "--run", ""]) == 2
+    assert "--run is empty" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_that_may_not_be_touched_is_no_defect(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, text: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("megatron_vl.run.atomic.write_text", refuse)
+    assert main(["report", str(run.path)]) == 2
+    assert capsys.readouterr().err == (
+        f"mvl report: {run.path / 'report.html'}: Permission denied\n"
+    )
+
+
+def test_a_run_done_as_far_as_it_was_asked_is_partial(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(tmp_path / "recipe", run, Selection(last="init"), "local", ["train.seed=5"])
+    supervise(run)
+    assert main(["status", str(run.path)]) == 0
+    text = capsys.readouterr().out
+    assert f"{run.path}: partial" in text
+    assert f"to go on: mvl submit {tmp_path / 'recipe'} --run {run.path} train.seed=5" in text
+
+
+def test_plan_says_what_data_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(LAPTOP), f"data.root={tmp_path / 'nowhere'}"]) == 0
+    text = capsys.readouterr().out
+    assert "before a submit: data.root is" in text
+    assert "mvl data prepare" in text
+
+
+def test_help_lists_no_hidden_command_and_comes_without_words(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    text = capsys.readouterr().err
+    assert "mvl submit stages/laptop --run runs/demo --follow" in text
+    assert "supervise" not in text

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.local import RankCommand, RankGroup, describe_end, last_lines, rank_commands
+from launch.local import RankCommand, RankGroup, describe_end, rank_commands
+from launch.reasons import last_lines
 from megatron_vl.config.load import load_stage
 from megatron_vl.run.folder import RunFolder, StageFolder
 from tests.launch.small_recipe import FAILS, LAPTOP, SLEEPS
@@ -134,3 +135,19 @@ def test_ends_are_described_in_words() -> None:
     assert describe_end(7) == "exited with status 7"
     assert "memory runs out" in describe_end(-9)
     assert describe_end(-11) == "was ended by SIGSEGV"
+
+
+def test_an_interrupt_while_stopping_is_quick_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RankGroup(commands(tmp_path, STUBBORN), 60.0) as group:
+        wait_for(tmp_path / "rank_0.log")
+
+        def interrupted(seconds: float) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("launch.local.time.sleep", interrupted)
+        begun = time.monotonic()
+        group.stop()
+        assert time.monotonic() - begun < 5
+        assert not psutil.pid_exists(group.pids[0])

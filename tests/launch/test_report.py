@@ -1,6 +1,7 @@
 """The page about a run: self-contained, honest about half a run, safe with any text."""
 
 import base64
+import itertools
 import json
 import math
 import re
@@ -9,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from launch.charts import Band, Chart, Series, number, smooth, ticks
+from launch.charts import Chart, Panel, Series, number, smooth, ticks
 from launch.cli import main
 from launch.report import render
 from launch.submission import Selection, prepare
@@ -80,7 +81,46 @@ def test_smoothing_starts_at_the_first_value_and_skips_gaps() -> None:
 
 def test_a_chart_breaks_its_line_at_what_is_not_finite() -> None:
     points = [(1, 1.0), (2, 2.0), (3, math.inf), (4, 1.0), (5, 2.0)]
-    svg = Chart("loss & more", [Series("a", "raw", points)], [Band("one", 0, 5)]).svg()
+    svg = Chart("loss & more", [Panel("one", 5, [Series("a", "raw", points)])]).svg()
     assert len(re.findall("<polyline", svg)) == 2
     assert "loss &amp; more" in svg
     ElementTree.fromstring(svg)
+
+
+def test_every_stage_has_a_panel_of_its_own_and_no_line_crosses() -> None:
+    panels = [
+        Panel(name, steps, [Series("loss", "smooth", [(1, 5.0), (steps, 1.0)])])
+        for name, steps in (("init", 400), ("stage0", 4), ("stage1", 100))
+    ]
+    svg = ElementTree.fromstring(Chart("loss", panels).svg())
+    frames = [one for one in svg.iter("rect") if one.get("class") == "panel"]
+    places = [(float(frame.get("x", 0)), float(frame.get("width", 0))) for frame in frames]
+    edges = [(left, left + width) for left, width in places]
+    assert all(right < left for (_, right), (left, _) in itertools.pairwise(edges))
+    assert edges[1][1] - edges[1][0] >= Chart("", []).narrowest
+    lines = list(svg.iter("polyline"))
+    assert len(lines) == 3
+    for line, (left, right) in zip(lines, edges, strict=True):
+        xs = [float(pair.split(",")[0]) for pair in line.get("points", "").split()]
+        assert left <= min(xs) <= max(xs) <= right
+    assert [one.text for one in svg.iter("text") if one.get("class") == "name"] == [
+        "init",
+        "stage0",
+        "stage1",
+    ]
+
+
+def test_many_stages_widen_the_chart_instead_of_squeezing_the_panels() -> None:
+    panels = [Panel(f"s{i}", 5, [Series("loss", "raw", [(1, 1.0), (5, 2.0)])]) for i in range(40)]
+    svg = ElementTree.fromstring(Chart("loss", panels).svg())
+    assert float(svg.get("viewBox", "").split()[2]) > 40 * 62
+
+
+def test_the_page_accounts_for_the_wall_time(run: RunFolder) -> None:
+    supervise(run)
+    page = render(run)
+    assert "Where the time went" in page
+    assert page.count('<i class="useful"') == 2
+    assert "loss, first \N{RIGHTWARDS ARROW} last" in page
+    assert "5.0000 \N{RIGHTWARDS ARROW} 2.5000" in page
+    assert re.search(r"decoder \(1\.\d+ M\)", page)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vl.run.journal import Journal
+from megatron_vl.run.journal import Journal, wall_seconds
 from megatron_vl.run.metrics import append_metrics, eval_lines, read_metrics, step_lines
 
 
@@ -27,6 +27,23 @@ def step(number: int, loss: float = 1.0) -> dict[str, float]:
         "mfu": 0.2,
         "seconds": 2.0,
     }
+
+
+def test_wall_time_counts_every_attempt_that_ended() -> None:
+    def event(name: str, attempt: int, second: int, stage: str = "init") -> dict[str, object]:
+        time = f"2026-01-01T00:00:{second:02d}+00:00"
+        return {"event": name, "stage": stage, "attempt": attempt, "time": time}
+
+    events = [
+        {"event": "planned", "stage": None, "attempt": None, "time": "2026-01-01T00:00:00+00:00"},
+        event("started", 1, 1),
+        event("ended", 1, 5),
+        event("started", 2, 10),
+        event("saved", 2, 15),
+        event("ended", 2, 20),
+        event("started", 1, 21, "stage0"),
+    ]
+    assert wall_seconds(events) == {"init": 14.0}
 
 
 def test_journal_keeps_order_and_fields(tmp_path: Path) -> None:
