@@ -106,11 +106,11 @@ def scale(name: str, config: StageConfig) -> float:
     if part is Part.projector:
         return model.projector.init_std
     std, layers = {
-        Part.encoder: (model.encoder.init_std, model.encoder.num_layers),
+        Part.encoder: (model.encoder.init_std, 2 * model.encoder.num_layers),
         Part.decoder: (model.decoder.init_std, len(model.decoder.pattern)),
     }[part]
     last = name.endswith(("linear_proj.weight", "linear_fc2.weight", "out_proj.weight"))
-    return std / math.sqrt(2 * layers) if last else std
+    return std / math.sqrt(layers) if last else std
 
 
 def test_only_the_wanted_parts_are_drawn(config: StageConfig, tensors: dict[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ PP2 = ["parallel.pipeline=2"]
 DP2 = ["parallel.data=2"]
 TP2_PP2 = ["parallel.tensor=2", "parallel.pipeline=2"]
 # Small batches keep the grid quick; the arithmetic per pack is the recipe's.
-QUICK = ["train.global_batch=4"]
+QUICK = ["train.global_batch=4", "parallel.data=1"]
 
 
 def _ranks(layout: list[str]) -> int:
@@ -66,8 +66,8 @@ def test_drawn_weights_do_not_depend_on_the_layout(
     ranks: RankPool, small_data: SmallData, layout: list[str]
 ) -> None:
     file = LAPTOP / "init.yaml"
-    whole = ranks.run(1, jobs.drawn_sums, file, [small_data.override])[0]
-    parts = ranks.run(_ranks(layout), jobs.drawn_sums, file, [small_data.override, *layout])
+    whole = ranks.run(1, jobs.drawn_sums, file, [small_data.override, *QUICK])[0]
+    parts = ranks.run(_ranks(layout), jobs.drawn_sums, file, [small_data.override, *QUICK, *layout])
     added: dict[str, float] = {}
     for part in parts:
         for key, value in part.items():
