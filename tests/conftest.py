@@ -80,7 +80,7 @@ def short_run(tmp_path_factory: pytest.TempPathFactory, small_data: SmallData) -
         "train.steps=3",
         "train.global_batch=2",
         "evaluation.every=0",
-            "evaluation.batches=1",
+        "evaluation.batches=1",
         "parallel.data=1",
     )
     done = mvl("submit", str(LAPTOP), "--run", str(path), "--follow", *overrides)

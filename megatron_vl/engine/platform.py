@@ -10,11 +10,23 @@ than the pinned 0.16 series, whose private names the stand-ins were checked agai
 
 import importlib.metadata
 import importlib.util
+import logging
+import warnings
 from dataclasses import dataclass
 
 import torch
 
 SUPPORTED_CORE_SERIES = "0.16."
+
+# What megatron-core and torch say at every start on a machine without apex and Transformer Engine,
+# or of calls megatron-core makes: nothing a user of this project can or should act on.
+KNOWN_WARNINGS = (
+    "The .grad attribute of a Tensor that is not a leaf Tensor",
+    "Apex is not installed. Falling back to Torch Norm",
+    r"`torch\.distributed\.\w+` is deprecated",
+    "When using async grad allreduce it is recommended",
+)
+TALKATIVE_LOGGERS = ("megatron.core.rerun_state_machine",)
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,10 @@ def prepare(platform: Platform) -> None:
         )
     from megatron_vl.engine import cpu_port, missing_packages
 
+    for message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in TALKATIVE_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if platform.device_type == "cpu":
         cpu_port.stand_in_for_cuda()
     missing_packages.import_core_with_stand_ins(platform)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_vl.data.loader import encode_prompt, held_out_examples, load_tokenizer
+from megatron_vl.data.tiling import image_size
 from megatron_vl.infer.model import OpenModel, open_model
 from megatron_vl.run.folder import RunFolder
 
@@ -89,13 +90,18 @@ def asked(prompt: str, image: str | None) -> Question:
 
     Raises:
         FileNotFoundError: there is no such image.
+        ValueError: the file is no picture.
     """
     parts: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
     if image is None:
         return Question([{"role": "user", "content": parts}], [])
+    data = Path(image).read_bytes()
+    try:
+        image_size(data)
+    except Exception as error:
+        raise ValueError(f"{image} is not a picture that can be read; use JPEG or PNG") from error
     return Question(
-        [{"role": "user", "content": [{"type": "image", "image": image}, *parts]}],
-        [Path(image).read_bytes()],
+        [{"role": "user", "content": [{"type": "image", "image": image}, *parts]}], [data]
     )
 
 
