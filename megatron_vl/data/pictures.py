@@ -138,7 +138,22 @@ def brightness_word(image: Image.Image) -> str:
     return "dark" if mean < 80 else "bright" if mean > 150 else "mid-tone"
 
 
+BLANK_SPREAD = 4.0
+"""Standard deviation of grey under which a cut shows nothing worth a sentence. [grey values]"""
+DRAWS = 100
+"""Most cuts tried before one that shows something; blank margins are a few per cent of them."""
+
+
 def draw_view(random: Random, split: str, tile_size: int) -> View:
+    """A random view of a random photograph that shows something, not a blank margin."""
+    for _ in range(DRAWS):
+        view = _draw_cut(random, split, tile_size)
+        if float(np.asarray(view.image.convert("L")).std()) >= BLANK_SPREAD:
+            return view
+    raise AssertionError(f"{DRAWS} cuts in a row were blank")
+
+
+def _draw_cut(random: Random, split: str, tile_size: int) -> View:
     """A random view of a random photograph, sized to a whole number of tiles."""
     photograph = random.choice(PHOTOGRAPHS)
     picture = load_picture(photograph.package, photograph.file)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megatron_vl.cost.flops import PackFlops, pack_flops
 from megatron_vl.cost.parameters import projector_matrices
-from tests.cost.sizes import full_size, small
+from tests.support.sizes import full_size, small
 
 ALL = {"encoder", "projector", "decoder"}
 

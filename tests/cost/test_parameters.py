@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megatron_vl.cost.parameters import model_parameters
-from tests.cost.sizes import PATTERN_12B, full_size, small
+from tests.support.sizes import PATTERN_12B, full_size, small
 
 
 def test_counts_at_the_published_sizes_are_exact() -> None:

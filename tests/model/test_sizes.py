@@ -5,41 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vl.config.schema import (
-    DecoderConfig,
-    EncoderConfig,
-    ModelConfig,
-    ParallelConfig,
-    Part,
-    Precision,
-    ProjectorConfig,
-)
+from megatron_vl.config.schema import ParallelConfig, Part, Precision
 from megatron_vl.cost.parameters import model_parameters
 from megatron_vl.engine.layer_specs import TORCH_BLOCKS
 from megatron_vl.engine.meta import meta_device, pretend_rank
 from megatron_vl.model.vlm import VisionLanguageModel, part_of
+from tests.support.sizes import full_size
 
-PATTERN = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
-NANO_12B = ModelConfig(
-    vocab_size=131072,
-    padded_vocab_size=131072,
-    decoder=DecoderConfig(
-        pattern=PATTERN,
-        hidden_size=5120,
-        ffn_hidden_size=20480,
-        num_attention_heads=40,
-        num_query_groups=8,
-        head_dim=128,
-        mamba_num_heads=128,
-        mamba_head_dim=80,
-        mamba_state_dim=128,
-        mamba_num_groups=8,
-    ),
-    encoder=EncoderConfig(
-        num_layers=32, hidden_size=1280, ffn_hidden_size=5120, num_attention_heads=16
-    ),
-    projector=ProjectorConfig(ffn_hidden_size=20480),
-)
+NANO_12B = full_size()
 NAMES = Path(__file__).with_name("parameter_names.txt")
 
 

@@ -1,4 +1,4 @@
-"""Model sections the cost tests count: the published 12B sizes, and one small enough for paper."""
+"""Model sections the tests count: the published 12B sizes, and one small enough for paper."""
 
 from megatron_vl.config.schema import DecoderConfig, EncoderConfig, ModelConfig, ProjectorConfig
 
