@@ -5,8 +5,8 @@ when every rank has finished, so a folder with a plain name is complete. Tensors
 global shape by layout-free names; the optimizer state by parameter. `state.json` holds what the
 loop needs to go on: step and data cursor, as readable text.
 
-Trust: megatron-core reads its `.metadata` and `common.pt` with pickle. Load folders you or your
-cluster wrote.
+Trust: the index is checked before torch unpickles it, and tensors are read weights-only; see
+`engine.checkpoint_trust` for the one case that is not covered.
 """
 
 import json
@@ -19,10 +19,13 @@ from typing import Any
 
 import torch.distributed
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_vl.engine import optimizer_state
+from megatron_vl.engine.checkpoint_trust import check_index
+from megatron_vl.engine.platform import PLATFORM
 from megatron_vl.engine.sharding import checkpoint_metadata, sharded_tensors
 from megatron_vl.model.vlm import VisionLanguageModel
 from megatron_vl.train.build import Trainee
@@ -143,8 +146,13 @@ def load_weights(
     """
     state = read_state(folder)
     metadata = checkpoint_metadata(groups)
-    tree = module.sharded_state_dict(metadata=metadata)
     _refuse_other_model(folder, module, groups)
+    tree = {
+        name: value
+        for name, value in module.sharded_state_dict(metadata=metadata).items()
+        # Objects are Transformer Engine's extra state; nothing else has any, or needs any read.
+        if PLATFORM.has_transformer_engine or not isinstance(value, ShardedObject)
+    }
     wanted = set(tree)
     loaded = _load(tree, folder)
     module.load_state_dict({name: loaded[name] for name in wanted})
@@ -203,6 +211,7 @@ def load_optimizer(folder: Path, trainee: Trainee) -> None:
 
 
 def _load(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    check_index(folder)
     with warnings.catch_warnings():
         # megatron-core's reader still names torch's older tensor-storage classes.
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -232,7 +241,9 @@ def full_tensors(folder: Path, *, optimizer: bool = False) -> dict[str, Tensor]:
         for name, entry in _tensor_entries(folder).items()
         if optimizer or not name.startswith("optimizer.")
     }
-    dcp_load(tensors, storage_reader=FileSystemReader(str(folder)), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp_load(tensors, storage_reader=FileSystemReader(str(folder)), no_dist=True)
     return tensors
 
 
@@ -241,6 +252,7 @@ def _tensor_entries(folder: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+    check_index(folder)
     entries = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     return {
         name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
