@@ -17,12 +17,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 TORCH = "torch==2.13.0"
 EXTRAS = "laptop,test"
 INPUTS = ("constraints.txt", "setup.py", "pyproject.toml")
 STAMP = "setup-stamp"
+PROGRESS_SECONDS = 5.0
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -65,11 +67,12 @@ def make(root: Path) -> None:
     constraint = ["-c", str(root / "constraints.txt")]
     index_option = ["--index-url", index] if index else []
     print(f"setup: installing {TORCH}" + (f" from {index}" if index else ""), flush=True)
-    # setuptools comes along so that the build below needs no second, isolated environment.
-    _pip([*pip, "install", "-qq", *index_option, *constraint, TORCH, "setuptools"])
+    _pip([*pip, "install", *index_option, *constraint, TORCH])
     print("setup: installing megatron_vl and the packages it needs", flush=True)
+    # setuptools is there first, so that the build needs no second, isolated environment.
+    _pip([*pip, "install", *constraint, "setuptools"])
     package = f"{root}[{EXTRAS}]"
-    _pip([*pip, "install", "-qq", "--no-build-isolation", *constraint, "-e", package])
+    _pip([*pip, "install", "--no-build-isolation", *constraint, "-e", package])
     (root / ".venv" / STAMP).write_text(fingerprint(root))
     print("setup: .venv is ready", flush=True)
 
@@ -109,8 +112,18 @@ def _refuse_cuda_build(pip: list[str]) -> None:
 
 
 def _pip(command: list[str]) -> None:
-    """Run pip; its own message is the best there is, so it goes straight to the terminal."""
-    if subprocess.run(command).returncode != 0:
+    """Run pip, saying every few seconds how far it is; its errors go straight to the terminal."""
+    collected, spoken = 0, time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as pip:
+        assert pip.stdout is not None
+        for line in pip.stdout:
+            collected += line.startswith("Collecting ")
+            unpacking = line.startswith("Installing collected packages")
+            if unpacking or time.monotonic() - spoken >= PROGRESS_SECONDS:
+                spoken = time.monotonic()
+                doing = "unpacking" if unpacking else "collecting"
+                print(f"setup: {collected} packages, {doing}", flush=True)
+    if pip.returncode != 0:
         raise SetupError(f"pip failed; its message is above. The command was: {' '.join(command)}")
 
 

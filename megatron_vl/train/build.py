@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
@@ -47,6 +48,9 @@ def build_model(
 
     Args:
         blocks: the layer spec's modules; the platform's when None.
+
+    Raises:
+        ValueError: the pipeline ranks together built other layers than the pattern's.
     """
     module = VisionLanguageModel(
         config.model,
@@ -59,7 +63,22 @@ def build_model(
         post_process=groups.pp.rank() == groups.pp.size() - 1,
     )
     mark_tensor_parallel(module)
+    _refuse_lost_layers(module, config, groups)
     return module
+
+
+def _refuse_lost_layers(
+    module: VisionLanguageModel, config: StageConfig, groups: ProcessGroupCollection
+) -> None:
+    """Count the decoder layers that were really built, over all pipeline ranks."""
+    built = torch.tensor(len(module.language_model.decoder.layers), device=PLATFORM.device)
+    torch.distributed.all_reduce(built, group=groups.pp)
+    pattern = config.model.decoder.pattern
+    if int(built) != len(pattern):
+        raise ValueError(
+            f"the pipeline ranks built {int(built)} decoder layers together, the pattern "
+            f"{pattern} has {len(pattern)}; set parallel.first_stage_layers"
+        )
 
 
 def prepare_training(

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,16 @@ def test_constraints_pin_one_plain_version_of_everything() -> None:
     direct = re.findall(r'^        "([a-z0-9-]+)', setup, re.MULTILINE)
     assert len(direct) > 10
     assert set(direct) <= set(names)
+
+
+def test_pip_s_progress_is_told_and_its_failure_raised(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bootstrap, "PROGRESS_SECONDS", 0.0)
+    script = (
+        "print('Collecting a'); print('Collecting b'); print('Installing collected packages: a')"
+    )
+    bootstrap._pip([sys.executable, "-c", script])
+    assert "setup: 2 packages, unpacking" in capsys.readouterr().out
+    with pytest.raises(bootstrap.SetupError, match="pip failed"):
+        bootstrap._pip([sys.executable, "-c", "raise SystemExit(3)"])
