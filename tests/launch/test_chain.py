@@ -129,7 +129,7 @@ def test_sigterm_stops_the_ranks_and_leaves_an_incomplete_receipt(
     begun = time.monotonic()
     with pytest.raises(Cancelled), _signals_raise():
         supervise(run, init=SLEEPS)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30, "it waited for the sleeping rank"
     receipt = run.stage("init").receipt()
     assert receipt is not None
     assert receipt.status == "incomplete"

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -36,14 +35,18 @@ def test_a_login_node_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-def test_status_answers_at_once(run: RunFolder) -> None:
-    command = [sys.executable, "-m", "launch.cli", "status", str(run.path), "--json"]
-    best = 10.0
-    for _ in range(3):
-        begun = time.monotonic()
-        found = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
-        best = min(best, time.monotonic() - begun)
-    assert best < 0.5
+def test_status_imports_nothing_slow(run: RunFolder) -> None:
+    """What makes it answer at once (0.1 s on two cores) is what it leaves out."""
+    program = (
+        "import sys\n"
+        "from launch.cli import main\n"
+        f"main(['status', {str(run.path)!r}, '--json'])\n"
+        "slow = {'torch', 'megatron', 'numpy', 'matplotlib', 'jinja2', 'PIL'}\n"
+        "assert slow.isdisjoint(sys.modules), slow & set(sys.modules)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True, text=True
+    )
     assert [stage["status"] for stage in json.loads(found.stdout)["stages"]] == ["waiting"] * 2
 
 
