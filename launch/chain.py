@@ -9,7 +9,6 @@ go on past a stage that is not done.
 """
 
 import dataclasses
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -49,7 +48,8 @@ from megatron_vl.run.folder import (
     require_done_parent,
 )
 from megatron_vl.run.metrics import read_metrics
-from megatron_vl.run.receipt import Receipt, Seconds, Status, now, read_receipt
+from megatron_vl.run.receipt import Receipt, Status, now
+from megatron_vl.run.versions import versions
 
 
 class Cancelled(KeyboardInterrupt):
@@ -260,8 +260,7 @@ def _own_receipt(
 ) -> Receipt:
     """The receipt of an attempt whose trainer left none: no checkpoint, all its time lost."""
     attempt = stage.last_attempt()
-    earlier = stage.attempt_path(attempt - 1) / "receipt.json"
-    seconds = read_receipt(earlier).seconds if earlier.exists() else Seconds()
+    seconds = stage.seconds_before(attempt)
     steps = [line["step"] for line in read_metrics(stage.metrics_path)]
     return Receipt(
         run=run.name,
@@ -280,17 +279,6 @@ def _own_receipt(
         seconds=dataclasses.replace(seconds, lost=seconds.lost + lost),
         versions=versions(),
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on, without importing any of it."""
-    found = {"python": platform.python_version()}
-    for package in ("megatron-vl", "torch", "megatron-core", "megatron-energon"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _short(receipt: Receipt) -> str:

@@ -23,7 +23,7 @@ import yaml
 from megatron_vl.run import atomic
 from megatron_vl.run.digest import checkpoint_digest
 from megatron_vl.run.journal import Journal
-from megatron_vl.run.receipt import Receipt, read_receipt, write_receipt
+from megatron_vl.run.receipt import Receipt, Seconds, read_receipt, write_receipt
 
 
 class RunError(ValueError):
@@ -87,6 +87,13 @@ class StageFolder:
         folder = self.path / "attempts"
         found = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
         return max(found, default=0)
+
+    def seconds_before(self, attempt: int) -> Seconds:
+        """The wall time that the attempts before this one took, as the last of them wrote it."""
+        try:
+            return read_receipt(self.attempt_path(attempt - 1) / "receipt.json").seconds
+        except FileNotFoundError:
+            return Seconds()
 
     def start_attempt(self) -> int:
         """Make the folder of the next attempt and return its number.

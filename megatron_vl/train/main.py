@@ -5,9 +5,7 @@ writes the `done` receipt. A rank that raises leaves no receipt; whoever launche
 `failed` one with what the rank said.
 """
 
-import importlib.metadata
 import math
-import platform as python_platform
 import time
 from dataclasses import dataclass, field
 
@@ -23,13 +21,12 @@ from megatron_vl.engine import process_groups
 from megatron_vl.run.digest import checkpoint_digest
 from megatron_vl.run.folder import RunFolder, StageFolder
 from megatron_vl.run.receipt import CheckpointRef, Receipt, Seconds, now
+from megatron_vl.run.versions import versions
 from megatron_vl.train.checkpoint import LoopState, save, step_folder
 from megatron_vl.train.meters import Meters, StepMetrics
 from megatron_vl.train.schedule import learning_rate
 from megatron_vl.train.start import Start, start_stage
 from megatron_vl.train.step import StepResult, count, evaluate_batch, train_step
-
-VERSIONED = ("megatron-vl", "torch", "megatron-core", "megatron-energon")
 
 
 @dataclass
@@ -40,13 +37,17 @@ class Clock:
     useful: float = 0.0
     waiting: float = 0.0
 
-    def receipt(self) -> Seconds:
-        """Steps are useful, data is waiting, the rest (start, saves) is lost."""
-        total = time.perf_counter() - self.born
+    def receipt(self, before: Seconds) -> Seconds:
+        """Steps are useful, data is waiting, the rest (start, saves) is lost.
+
+        Args:
+            before: what the attempts before this one took.
+        """
+        lost = time.perf_counter() - self.born - self.useful - self.waiting
         return Seconds(
-            useful=round(self.useful, 3),
-            waiting=round(self.waiting, 3),
-            lost=round(total - self.useful - self.waiting, 3),
+            useful=round(before.useful + self.useful, 3),
+            waiting=round(before.waiting + self.waiting, 3),
+            lost=round(before.lost + lost, 3),
         )
 
 
@@ -243,19 +244,9 @@ class Loop:
                 data_cursor=self.loader.cursor,
                 trainable=sorted(self.trainable_names),
                 metrics=metrics,
-                seconds=self.clock.receipt(),
-                versions=_versions(),
+                seconds=self.clock.receipt(self.stage.seconds_before(attempt)),
+                versions=versions(),
                 started=started,
                 ended=now(),
             )
         )
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": python_platform.python_version()}
-    for name in VERSIONED:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
