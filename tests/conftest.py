@@ -6,10 +6,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.ranks import RankPool
+
+if TYPE_CHECKING:
+    from megatron_vl.config.schema import StageConfig
+    from megatron_vl.model.vlm import VisionLanguageModel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAPTOP = REPOSITORY / "stages" / "laptop"
@@ -93,3 +98,20 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def config() -> "StageConfig":
+    """Stage 1 of the laptop recipe on one rank in float32."""
+    from megatron_vl.config.load import load_stage
+
+    return load_stage(LAPTOP / "stage1.yaml", ["parallel.data=1", "precision=fp32"])
+
+
+@pytest.fixture(scope="module")
+def model(config: "StageConfig") -> Iterator["VisionLanguageModel"]:
+    """Its model on this process, every weight away from its start (see `perturbed_model`)."""
+    from tests.support.models import perturbed_model
+
+    with perturbed_model(config) as module:
+        yield module
