@@ -56,7 +56,7 @@ def rank_commands(
     run: RunFolder, stage: StageFolder, config: StageConfig, attempt: int
 ) -> list[RankCommand]:
     """The commands of one attempt: `mvl train CONFIG --run RUN` for every rank."""
-    ranks = num_ranks(config)
+    ranks = config.parallel.ranks
     argv = [sys.executable, "-m", "launch.cli", "train", str(stage.config_path)]
     argv += ["--run", str(run.path)]
     shared = {
@@ -75,12 +75,6 @@ def rank_commands(
         )
         for r in range(ranks)
     ]
-
-
-def num_ranks(config: StageConfig) -> int:
-    """How many processes a stage runs on."""
-    layout = config.parallel
-    return layout.tensor * layout.pipeline * layout.context * layout.data
 
 
 class RankGroup:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch import exit_codes
-from launch.local import num_ranks
 from launch.submission import Selection, load_site, missing_data, open_recipe, select
 from launch.tables import print_table
 from megatron_vl.config.load import config_hash
@@ -71,7 +70,7 @@ def plan_stage(source: Path, config: StageConfig, before: str | None) -> StagePl
         sequences=sequences,
         sequence_length=config.data.sequence_length,
         tokens=sequences * config.data.sequence_length,
-        ranks=num_ranks(config),
+        ranks=config.parallel.ranks,
         layout=", ".join(split),
         short_layout=" ".join(short) or "-",
         parameters=counted.total,

@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from launch.local import num_ranks
 from launch.lock import LOCK_NAME
 from megatron_vl.config.errors import ConfigError
 from megatron_vl.config.load import config_hash, differences, load_recipe, load_stage, to_yaml
@@ -167,7 +166,7 @@ def _plan(
             "source": str(path),
             "config_hash": config_hash(config),
             "steps": config.train.steps,
-            "ranks": num_ranks(config),
+            "ranks": config.parallel.ranks,
             "skipped": name in selection.skip or (name in skipped and name not in selected),
         }
         for index, (name, path, config) in enumerate(stages)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAPTOP = REPOSITORY / "stages" / "laptop"
+# The smallest step there is: one rank, one short pack.
+TINY = ("parallel.data=1", "train.global_batch=1", "data.sequence_length=256")
 
 
 @dataclass(frozen=True)

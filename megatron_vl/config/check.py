@@ -208,7 +208,7 @@ def _pipeline_split(config: StageConfig) -> Iterator[str]:
                 f"model.decoder.pattern has {layers} layers, which parallel.pipeline {pipeline} "
                 f"cannot split evenly; nearest valid: parallel.pipeline "
                 f"{nearest_divisor(layers, pipeline)}, or set parallel.first_stage_layers"
-                f"{_first_stage_hint(layers, pipeline)}"
+                f"{nearest_first_stage(layers, pipeline)}"
             )
     elif pipeline == 1:
         yield (
@@ -216,7 +216,7 @@ def _pipeline_split(config: StageConfig) -> Iterator[str]:
             "other stage; nearest valid: 0"
         )
     elif not 0 < first < layers or (layers - first) % (pipeline - 1):
-        valid = _first_stage_sizes(layers, pipeline)
+        valid = first_stage_sizes(layers, pipeline)
         nearest = min(valid, key=lambda size: abs(size - first)) if valid else 0
         yield (
             f"parallel.first_stage_layers is {first}, must leave a multiple of {pipeline - 1} of "
@@ -224,15 +224,16 @@ def _pipeline_split(config: StageConfig) -> Iterator[str]:
         )
 
 
-def _first_stage_sizes(layers: int, pipeline: int) -> list[int]:
+def first_stage_sizes(layers: int, pipeline: int) -> list[int]:
     """The values of first_stage_layers that leave equal, non-empty stages."""
     return [
         size for size in range(1, layers - pipeline + 2) if (layers - size) % (pipeline - 1) == 0
     ]
 
 
-def _first_stage_hint(layers: int, pipeline: int) -> str:
-    sizes = _first_stage_sizes(layers, pipeline)
+def nearest_first_stage(layers: int, pipeline: int) -> str:
+    """The first_stage_layers nearest to an even split, after a space; empty where none fits."""
+    sizes = first_stage_sizes(layers, pipeline)
     even = layers / pipeline
     return f" {min(sizes, key=lambda size: abs(size - even))}" if sizes else ""
 

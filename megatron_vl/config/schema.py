@@ -171,6 +171,11 @@ class ParallelConfig:
     first_stage_layers: int = 0
     """Decoder layers on the first pipeline stage; 0 splits evenly. [layers; engine]"""
 
+    @property
+    def ranks(self) -> int:
+        """Processes of the layout."""
+        return self.tensor * self.pipeline * self.context * self.data
+
 
 @dataclass
 class OptimizerConfig:

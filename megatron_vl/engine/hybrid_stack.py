@@ -23,6 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_vl.config.check import nearest_first_stage
 from megatron_vl.engine.packed import PackedSequence
 from megatron_vl.engine.platform import PLATFORM, Platform
 from megatron_vl.kernels import conv1d, ssd
@@ -180,8 +181,7 @@ class HybridStack(MambaStack):
         else:
             built = first + (len(pattern) - first) // (ranks - 1) * (ranks - 1)
         if built != len(pattern):
-            fitting = [n for n in range(1, len(pattern)) if (len(pattern) - n) % (ranks - 1) == 0]
-            nearest = min(fitting, key=lambda n: abs(n - len(pattern) // ranks))
+            nearest = nearest_first_stage(len(pattern), ranks).strip()
             raise ValueError(
                 f"{len(pattern)} layers over {ranks} pipeline ranks would build {built}; set "
                 f"parallel.first_stage_layers={nearest} so that the others share the rest evenly"

@@ -40,7 +40,7 @@ def pretend_rank(parallel: ParallelConfig, rank: int = 0) -> Iterator[ProcessGro
     torch.distributed.init_process_group(
         backend="fake",
         rank=rank,
-        world_size=process_groups.world_size(parallel),
+        world_size=parallel.ranks,
         store=FakeStore(),
     )
     try:

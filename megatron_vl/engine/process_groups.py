@@ -19,11 +19,6 @@ from megatron_vl.engine.platform import PLATFORM
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
-def world_size(parallel: ParallelConfig) -> int:
-    """Ranks that `parallel` asks for."""
-    return parallel.tensor * parallel.pipeline * parallel.context * parallel.data
-
-
 def join_world(
     *, rank: int | None = None, size: int | None = None, init_method: str = "env://"
 ) -> None:
@@ -51,11 +46,11 @@ def create(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:
         ValueError: the world has another number of ranks than the layout.
     """
     joined = torch.distributed.get_world_size()
-    if joined != world_size(parallel):
+    if joined != parallel.ranks:
         raise ValueError(
-            f"parallel asks for {world_size(parallel)} ranks (tensor {parallel.tensor} x pipeline "
+            f"parallel asks for {parallel.ranks} ranks (tensor {parallel.tensor} x pipeline "
             f"{parallel.pipeline} x context {parallel.context} x data {parallel.data}), "
-            f"{joined} joined; start {world_size(parallel)} ranks, or set parallel so that the "
+            f"{joined} joined; start {parallel.ranks} ranks, or set parallel so that the "
             f"product is {joined}"
         )
     parallel_state.initialize_model_parallel(

@@ -9,7 +9,7 @@ import torch
 
 from megatron_vl.engine import cpu_port
 from megatron_vl.engine.platform import PLATFORM
-from tests.conftest import LAPTOP, SmallData
+from tests.conftest import LAPTOP, TINY, SmallData
 from tests.engine.scan import literals, modules_of_a_step
 from tests.support.ranks import RankPool
 
@@ -115,9 +115,7 @@ def test_no_cuda_literal_is_left_on_the_training_path(
     """Reads the installed source of every module that a rank has imported after a step."""
     overrides = [
         small_data.override,
-        "parallel.data=1",
-        "train.global_batch=1",
-        "data.sequence_length=256",
+        *TINY,
     ]
     modules = ranks.run(1, modules_of_a_step, LAPTOP / "stage1.yaml", overrides)[0]
     patched = set(cpu_port.MODULES_WITH_CUDA_LITERALS)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_vl.config.load import load_stage
 from megatron_vl.engine import optimizer_state
-from tests.conftest import LAPTOP, SmallData
+from tests.conftest import LAPTOP, TINY, SmallData
 from tests.support.ranks import RankPool
 from tests.train import jobs
 
@@ -42,9 +42,7 @@ def test_every_parameter_counts_its_own_steps(
     """Shared step tensors would advance once a parameter; lost ones would start over at 0."""
     overrides = [
         small_data.override,
-        "parallel.data=1",
-        "train.global_batch=1",
-        "data.sequence_length=256",
+        *TINY,
         f"precision={precision}",
     ]
     folder = tmp_path / "step_000002"
@@ -62,9 +60,7 @@ def test_allocate_gives_zero_state_and_keeps_what_is_there(
 ) -> None:
     overrides = [
         small_data.override,
-        "parallel.data=1",
-        "train.global_batch=1",
-        "data.sequence_length=256",
+        *TINY,
     ]
     fresh, kept = ranks.run(1, allocated, overrides)[0]
     assert fresh == {"exp_avg": 0.0, "exp_avg_sq": 0.0, "step": 0.0}

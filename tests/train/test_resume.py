@@ -9,7 +9,7 @@ import torch
 from megatron_vl.config.load import load_stage, to_yaml
 from megatron_vl.run.folder import RunFolder, StageFolder
 from megatron_vl.train.checkpoint import full_tensors, step_folder
-from tests.conftest import LAPTOP, SmallData
+from tests.conftest import LAPTOP, TINY, SmallData
 from tests.support.ranks import RankPool
 from tests.train.stage_jobs import run_stage
 
@@ -38,10 +38,8 @@ def test_a_stage_cut_off_before_its_receipt_writes_it_and_keeps_its_checkpoint(
     """Every step ran and was saved, then the process died. The stage after may want the moments."""
     overrides = [
         small_data.override,
-        "parallel.data=1",
+        *TINY,
         "train.steps=2",
-        "train.global_batch=1",
-        "data.sequence_length=256",
         "evaluation.every=0",
         f"checkpoint.optimizer={str(optimizer).lower()}",
     ]
@@ -72,10 +70,8 @@ def test_a_stage_goes_on_from_its_newest_save(
     """Cut off after step 1 of 2: the same weights and moments as without the cut, bit for bit."""
     overrides = [
         small_data.override,
-        "parallel.data=1",
+        *TINY,
         "train.steps=2",
-        "train.global_batch=1",
-        "data.sequence_length=256",
         "evaluation.every=0",
         "checkpoint.every=1",
     ]
