@@ -8,6 +8,7 @@ writes the `done` receipt. A rank that raises leaves no receipt; whoever launche
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed
@@ -195,8 +196,8 @@ class Loop:
         self.meters.evaluation("val", self.step, total / weight)
         self.clock.useful += time.perf_counter() - began
 
-    def _save(self, *, optimizer: bool, attempt: int) -> CheckpointRef | None:
-        """Save and journal; the reference is rank 0's alone."""
+    def _save(self, *, optimizer: bool, attempt: int) -> Path:
+        """Save and journal; returns the checkpoint's folder."""
         began = time.perf_counter()
         folder = step_folder(self.stage.checkpoints, self.step)
         state = LoopState(
@@ -209,20 +210,18 @@ class Loop:
         )
         save(folder, self.trainee, state)
         if not self.speaks:
-            return None
+            return folder
         seconds = time.perf_counter() - began
         self.meters.say(f"saved {folder.name} in {seconds:.1f} s")
         self.run_folder.journal.append(
             "saved", stage=self.stage.name, attempt=attempt, step=self.step, seconds=seconds
         )
-        return CheckpointRef(
-            path=str(folder.relative_to(self.stage.path)), digest=checkpoint_digest(folder)
-        )
+        return folder
 
     def finish(self, attempt: int, started: str) -> None:
         """Evaluate, save, and write the receipt: in this order, the receipt last."""
         self._evaluate()
-        reference = self._save(optimizer=self.config.checkpoint.optimizer, attempt=attempt)
+        folder = self._save(optimizer=self.config.checkpoint.optimizer, attempt=attempt)
         self.loader.close()
         self.meters.close()
         if not self.speaks:
@@ -238,7 +237,9 @@ class Loop:
                 reason=f"all {self.step} steps ran",
                 step=self.step,
                 attempts=attempt,
-                checkpoint=reference,
+                checkpoint=CheckpointRef(
+                    path=str(folder.relative_to(self.stage.path)), digest=checkpoint_digest(folder)
+                ),
                 parent=self.start.parent,
                 config_hash=config_hash(self.config),
                 data_cursor=self.loader.cursor,
