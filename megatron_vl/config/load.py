@@ -3,7 +3,8 @@
 A stage file is YAML; `base:` names a file it builds on, relative to itself, and that file may name
 another. Files are applied from the root of that chain to the stage, then `key=value` overrides, and
 the last word wins. A list or mapping value (`train.trainable`, `data.blend`) is replaced as a
-whole, never merged: what a stage file says is all there is.
+whole, never merged: what a stage file says is all there is. `data.blend_file` names a file whose
+blend is put in its place (`blend_file.py`).
 
 Refuses, naming file, line, key and the nearest valid value: unknown and repeated keys, values of
 the wrong type, missing mandatory keys, a circle of bases, `${...}` interpolation (a resolved file
@@ -24,6 +25,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_vl.config.blend_file import read_blend_file
 from megatron_vl.config.check import check_recipe, check_stage
 from megatron_vl.config.errors import ConfigError
 from megatron_vl.config.fields import leaf_fields, nearest_key, owner
@@ -31,6 +33,8 @@ from megatron_vl.config.read_yaml import read_mapping
 from megatron_vl.config.schema import StageConfig
 
 DEFAULT_ORIGIN = "default"
+_WITH_BLEND: dict[str, Any] = {"data.blend_unit": "samples", "data.epochs": {}}
+"""What a blend set as a whole puts back, unless it is set beside it."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,7 @@ def _file_layers(path: Path) -> tuple[list[Layer], list[str]]:
         if base is not None and not isinstance(base, str):
             raise ConfigError(f"{current}: base is {base!r}, expected the name of a file")
         layer, found = _layer(mapping, lines, current)
+        found += _put_blend(layer, current.parent)
         layers.insert(0, layer)
         problems += found
         current = None if base is None else Path(os.path.normpath(current.parent / base))
@@ -223,7 +228,37 @@ def _override_layer(text: str) -> tuple[Layer, list[str]]:
         return nothing, [f"{origin}: {written!r} is not a YAML value, expected {field.expected}"]
     if field.is_section:
         return nothing, [f"{origin}: {key} is a section; set its keys: {key}.KEY=value"]
-    return Layer({key: value}, {key: origin}), []
+    layer = Layer({key: value}, {key: origin})
+    return layer, _put_blend(layer, Path())
+
+
+def _put_blend(layer: Layer, folder: Path) -> list[str]:
+    """Put the blend of a layer's blend file in its place; returns problems.
+
+    A blend given as a whole takes its unit and epochs along: those of an earlier layer belong to
+    other sources.
+    """
+    if layer.values.get("data.blend_file"):
+        origin = layer.origins["data.blend_file"]
+        if "data.blend" in layer.values:
+            return [f"{origin}: data.blend_file and data.blend are both set; keep one of them"]
+        name = layer.values.pop("data.blend_file")
+        if not isinstance(name, str):
+            return [_wrong_type("data.blend_file", name, origin)]
+        path = Path(os.path.normpath(folder / name))
+        if not path.is_file():
+            return [f"{origin}: data.blend_file {name!r} does not exist ({path})"]
+        try:
+            blend = read_blend_file(path)
+        except ConfigError as error:
+            return error.problems
+        layer.values.update(blend.values)
+        layer.origins.update(dict.fromkeys(blend.values, f"{path}:{blend.lines['sources']}"))
+    elif "data.blend" in layer.values:
+        for key, value in _WITH_BLEND.items():
+            layer.values.setdefault(key, value)
+            layer.origins.setdefault(key, layer.origins["data.blend"])
+    return []
 
 
 def _set(merged: Any, key: str, value: Any, origin: str) -> str | None:

@@ -16,10 +16,23 @@ from omegaconf import MISSING
 
 
 class Precision(Enum):
-    """Arithmetic of the forward and backward passes; optimizer state stays in float32."""
+    """Arithmetic of the forward and backward passes; optimizer state stays in float32.
+
+    The FP8 recipes quantize the linears' operands: one scale a tensor, one a block (1x128 of
+    activations and gradients, 128x128 of weights), or one a tensor made from the steps before.
+    Everything else of theirs is bf16.
+    """
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp8_tensorwise = "fp8_tensorwise"
+    fp8_blockwise = "fp8_blockwise"
+    fp8_delayed = "fp8_delayed"
+
+    @property
+    def is_fp8(self) -> bool:
+        """One of the FP8 recipes."""
+        return self.name.startswith("fp8_")
 
 
 class Part(Enum):
@@ -30,11 +43,69 @@ class Part(Enum):
     decoder = "decoder"
 
 
+class LayerKind(Enum):
+    """A kind of decoder layer."""
+
+    mamba = "mamba"
+    mlp = "mlp"
+    attention = "attention"
+
+
+LAYER_KINDS = {"M": LayerKind.mamba, "-": LayerKind.mlp, "*": LayerKind.attention}
+"""The kind behind each character of a decoder pattern."""
+
+
 class WeightSource(Enum):
     """Where a stage's starting weights come from."""
 
     random = "random"
     previous = "previous"
+
+
+class BlendUnit(Enum):
+    """What the weights of a blend share out."""
+
+    samples = "samples"
+    tokens = "tokens"
+
+
+class SourceEnd(Enum):
+    """What happens when a source has given all its epochs."""
+
+    stop = "stop"
+    go_on = "go_on"
+
+
+class Packer(Enum):
+    """How the samples of a window are put into packs; see `data/packing.py`."""
+
+    best_fit = "best_fit"
+    greedy_knapsack = "greedy_knapsack"
+    first_fit = "first_fit"
+    balanced = "balanced"
+
+
+class PackOrder(Enum):
+    """The order of packs: equally heavy packs in a row, or any."""
+
+    aligned = "aligned"
+    random = "random"
+
+
+class Tiling(Enum):
+    """How an image becomes visual units."""
+
+    published = "published"
+    area_weighted = "area_weighted"
+    native = "native"
+    native_matched = "native_matched"
+
+
+class FrameLabels(Enum):
+    """What stands between the frames of a video."""
+
+    newline = "newline"
+    joined = "joined"
 
 
 @dataclass
@@ -125,6 +196,24 @@ class ModelConfig:
 
 
 @dataclass
+class VideoConfig:
+    """Which frames of a clip are shown, what is written before each, and what is pruned."""
+
+    fps: float = 2.0
+    """Frames taken from each second of a clip. [frames a second; data]"""
+    min_frames: int = 8
+    """Fewest frames of a clip; one that has fewer shows all. [frames; data]"""
+    max_frames: int = 128
+    """Most frames of a clip; a longer one is sampled evenly. [frames; data]"""
+    labels: FrameLabels = FrameLabels.newline
+    """A newline before every frame's label but the first (newline: later vLLM, training), or
+    nothing between frames (joined: earlier vLLM, TensorRT-LLM, SGLang). [choice; data]"""
+    evs_rate: list[float] = field(default_factory=lambda: [0.0])
+    """Part of a clip's embeddings that efficient video sampling prunes: one number, or the two ends
+    of a range that every sample draws its own from. [fraction; data]"""
+
+
+@dataclass
 class DataConfig:
     """What is read, how it is tiled and packed."""
 
@@ -134,21 +223,65 @@ class DataConfig:
     builder: str = "none"
     """Which recipe `mvl data prepare` runs to fill root: laptop, or none for data made elsewhere.
     [name; data]"""
+    blend_file: str = ""
+    """File that blend, blend_unit, epochs and when_source_ends are read from when the stage is
+    loaded, relative to the file that names it; a resolved stage holds what it said. [path; data]"""
     blend: dict[str, float] = field(default_factory=dict)
-    """Share of samples drawn from each source under root, relative to the others. [weight by
-    source; data]"""
+    """Share drawn from each source under root, relative to the others; set as a whole, it also
+    puts blend_unit and epochs back to their defaults. [weight by source; data]"""
+    blend_unit: BlendUnit = BlendUnit.samples
+    """Whether the weights share out samples or tokens. [choice; data]"""
+    epochs: dict[str, float] = field(default_factory=dict)
+    """How often a source is gone through before it ends; sources not named here never do. [epochs
+    by source; data]"""
+    when_source_ends: SourceEnd = SourceEnd.go_on
+    """End the data when the first source has given its epochs, or go on with the other sources.
+    [choice; data]"""
     sequence_length: int = MISSING
     """Length every pack is padded to, the most one sample may fill. [tokens; data, model]"""
     tile_size: int = 512
     """Edge of a square image tile. [pixels; data, model]"""
     max_tiles: int = 12
     """Most tiles of one image, its thumbnail not counted. [tiles; data]"""
+    tiling: Tiling = Tiling.published
+    """Images in tiles, by nearest ratio (published) or by ratio and area (area_weighted), or whole
+    at their own resolution (native) or at the resolution that costs as many tokens as published
+    tiling (native_matched). [choice; data]"""
+    min_patches: int = 256
+    """Fewest patches of a whole image; data.tiling native reads it. [patches; data]"""
+    max_patches: int = 12288
+    """Most patches of a whole image; data.tiling native reads it. [patches; data]"""
+    video: VideoConfig = field(default_factory=VideoConfig)
+    """Frames of video. [section; data]"""
     packing: bool = True
     """Pack several samples into one sequence; off puts one sample in each. [bool; data]"""
     packing_window: int = 5000
     """Samples the packer looks at together. [samples; data]"""
+    document_alignment: int = 1
+    """Documents are padded to a multiple of this many tokens; a multiple of 2*parallel.context
+    where that is above 1. [tokens; data]"""
+    packer: Packer = Packer.best_fit
+    """How the samples of a window are put into packs. [choice; data]"""
+    spare_packs: float = 0.01
+    """Packs the balanced packer opens beyond the fewest possible: a fraction of those below 1, a
+    number from 1 on (20 is published). [fraction or packs; data]"""
+    max_tiles_per_pack: int = 0
+    """Most tiles of one pack, which bounds the encoder's memory; 0 sets no limit. [tiles; data]"""
+    max_samples_per_pack: int = 0
+    """Most samples of one pack; 0 sets no limit. [samples; data]"""
+    order: PackOrder = PackOrder.aligned
+    """Let equally heavy packs follow each other, so that data-parallel ranks do not wait for each
+    other, or shuffle packs freely. [choice; data]"""
+    aligned_packs: int = 0
+    """Packs in a row that cost about the same when order is aligned: as many as data-parallel ranks
+    or a multiple; 0 takes the whole global batch, which serves any number. [packs; data]"""
+    workers: int = 1
+    """Threads of each rank that read and decode packs. [threads; data]"""
     prefetch: int = 2
     """Global batches decoded ahead of the step that needs them. [batches; data]"""
+    max_bad_fraction: float = 0.001
+    """Largest share of samples that may be unreadable and replaced before the run fails; 0 fails at
+    the first. [fraction; data]"""
 
 
 @dataclass
@@ -161,7 +294,8 @@ class ParallelConfig:
     """Ranks that split the decoder's layers; encoder and projector sit on the first. [ranks;
     engine]"""
     context: int = 1
-    """Ranks that split one sequence. [ranks; engine]"""
+    """Ranks that share the tokens of every document, the Mamba heads and the pictures of a
+    sequence. [ranks; engine]"""
     data: int = 1
     """Ranks that split the global batch; the optimizer state is sharded over them. [ranks;
     engine]"""
@@ -170,11 +304,45 @@ class ParallelConfig:
     engine]"""
     first_stage_layers: int = 0
     """Decoder layers on the first pipeline stage; 0 splits evenly. [layers; engine]"""
+    virtual_pipeline: int = 1
+    """Slices of the decoder on each pipeline rank; 1, as megatron-core's hybrid stack cannot
+    interleave. [slices; engine]"""
 
     @property
     def ranks(self) -> int:
         """Processes of the layout."""
         return self.tensor * self.pipeline * self.context * self.data
+
+
+@dataclass
+class RecomputeConfig:
+    """Layers whose activations are computed again in the backward pass instead of kept."""
+
+    decoder: int = 0
+    """Decoder layers, counted from the first of each pipeline stage. [layers a stage; engine]"""
+    encoder: int = 0
+    """Encoder layers, counted from the first; a frozen encoder keeps nothing anyway. [layers;
+    engine]"""
+    kinds: list[LayerKind] = field(default_factory=lambda: list(LayerKind))
+    """Which of those decoder layers: mamba, mlp, attention. [kinds; engine]"""
+
+
+@dataclass
+class Fp8Config:
+    """What the FP8 precisions leave in BF16, and how they are watched."""
+
+    first_layers_bf16: int = 1
+    """Layers kept in BF16 at the start of the decoder and of the encoder. [layers; engine]"""
+    last_layers_bf16: int = 1
+    """Layers kept in BF16 at the end of the decoder and of the encoder. [layers; engine]"""
+    keep_bf16: list[str] = field(default_factory=list)
+    """Further layers kept in BF16, named as the drift meter prints them: decoder.5, encoder.0,
+    projector. [layers; engine]"""
+    amax_history: int = 16
+    """Steps whose largest magnitude sets the scales of fp8_delayed. [steps; engine]"""
+    drift_every: int = 0
+    """Steps between drift reports: a micro-batch is also run in BF16, and the layer that differs
+    most is named; 0 turns them off. [steps; train]"""
 
 
 @dataclass
@@ -217,6 +385,11 @@ class TrainConfig:
     threads: int = 0
     """CPU threads of one rank's arithmetic; 0 shares the machine's cores between its ranks.
     [threads; train]"""
+    loss_chunk: int = 1024
+    """Tokens whose logits exist at a time; less is less memory and slower. [tokens; model]"""
+    peak_tflops: float = 0.0
+    """Peak of one rank's device in the stage's precision, which utilisation is measured by; 0
+    leaves it unsaid. [TFLOP/s; train]"""
 
 
 @dataclass
@@ -271,6 +444,10 @@ class StageConfig:
     """The data. [section; data]"""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """The layout. [section; engine]"""
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    """Activation recompute. [section; engine]"""
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    """FP8. [section; engine]"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer. [section; train]"""
     train: TrainConfig = field(default_factory=TrainConfig)

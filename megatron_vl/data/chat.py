@@ -16,8 +16,13 @@ The rules:
   and with `<SPECIAL_12>`. Opening and text are tokenised apart, as they are in generation.
 
 Messages are those of the Nemotron VLM dataset v2: `{"role", "content"}`, content a string or a list
-of parts `{"type": "text", "text"}` and `{"type": "image", ...}`. Unknown roles and part types are
-refused.
+of parts `{"type": "text", "text"}`, `{"type": "image", ...}` and `{"type": "video", ...}`. Unknown
+roles and part types are refused.
+
+An image stands as `<img>`, one `<image>` for each embedding, `</img>`. A video stands frame by
+frame, each its label and an image of one tile; labels are tokenised each on its own, as the
+published serving code does it, so that their number of tokens does not depend on what stands around
+them. Where embeddings are pruned, the first frames hold the places until the encoder has chosen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,6 +34,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from megatron_vl.data.frames import Clip
 from megatron_vl.data.tokenizer import (
     END_OF_TURN,
     IMAGE,
@@ -38,7 +44,9 @@ from megatron_vl.data.tokenizer import (
     SYSTEM,
     Tokenizer,
 )
+from megatron_vl.sequence.counts import TAGS_PER_IMAGE
 from megatron_vl.sequence.layout import UNSUPERVISED, Document
+from megatron_vl.sequence.visual import ImageSpan, PatchGrid, VideoSpan, reserved_counts
 
 Message = Mapping[str, Any]
 
@@ -46,13 +54,17 @@ TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 OPEN_TRACE = "<think>\n"
 NO_TRACE = "<think></think>"
 ROLES = ("system", "user", "assistant")
+VISUAL_KINDS = ("image", "video")
+
+Visual = tuple[PatchGrid, ...] | Clip
+"""An image's units, or a video as it is shown."""
 
 
 @dataclass(frozen=True)
 class Piece:
     """A stretch of a conversation that is tokenised on its own.
 
-    kind: "text", "special" (text names the token) or "image".
+    kind: "text", "special" (text names the token), "image" or "video".
     turn: number of the assistant turn that is trained on it, or UNSUPERVISED.
     """
 
@@ -62,10 +74,10 @@ class Piece:
 
 
 def content_parts(message: Message) -> list[tuple[str, str]]:
-    """The parts of a message as ("text", text) and ("image", "") pairs.
+    """The parts of a message as ("text", text), ("image", "") and ("video", "") pairs.
 
     Raises:
-        ValueError: an unknown role or part type, or an image outside a system or user turn.
+        ValueError: an unknown role or part type, or a picture outside a system or user turn.
     """
     role = message.get("role")
     if role not in ROLES:
@@ -78,19 +90,25 @@ def content_parts(message: Message) -> list[tuple[str, str]]:
         kind = part.get("type")
         if kind == "text":
             parts.append(("text", part["text"]))
-        elif kind == "image" and role != "assistant":
-            parts.append(("image", ""))
+        elif kind in VISUAL_KINDS and role != "assistant":
+            parts.append((kind, ""))
         else:
             raise ValueError(
                 f"a part of a {role} message has the type {kind!r}; text is allowed everywhere, "
-                "image in system and user messages"
+                "image and video in system and user messages"
             )
     return parts
 
 
-def count_images(messages: Sequence[Message]) -> int:
-    """Images of a conversation."""
-    return sum(kind == "image" for message in messages for kind, _ in content_parts(message))
+def visual_parts(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
+    """The image and video parts of all messages, in order."""
+    return [
+        part
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] in VISUAL_KINDS
+    ]
 
 
 def reasoning_mode(messages: Sequence[Message], default: bool = True) -> bool:
@@ -133,14 +151,14 @@ def _without_switches(parts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]
 
 
 def _prompt_turn(opening: str, parts: Sequence[tuple[str, str]]) -> list[Piece]:
-    """Pieces of a system or user turn after its role token; text between images is one piece."""
+    """Pieces of a system or user turn after its role token; text between pictures is one piece."""
     pieces: list[Piece] = []
     text = opening
     for kind, content in _without_switches(parts):
         if kind == "text":
             text += content
         else:
-            pieces += [Piece("text", text), Piece("image")]
+            pieces += [Piece("text", text), Piece(kind)]
             text = ""
     return [*pieces, Piece("text", text + "\n")]
 
@@ -196,62 +214,112 @@ def conversation_pieces(
     return pieces
 
 
+def _check_visuals(pieces: Sequence[Piece], visuals: Sequence[Visual]) -> None:
+    asked = [piece.kind for piece in pieces if piece.kind in VISUAL_KINDS]
+    given = ["video" if isinstance(visual, Clip) else "image" for visual in visuals]
+    if asked != given:
+        raise ValueError(
+            f"the conversation shows {', '.join(asked) or 'no picture'}; what was given for it is "
+            f"{', '.join(given) or 'nothing'}"
+        )
+
+
+class _Row:
+    """A token row as it grows."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokens: list[int] = []
+        self.visuals: list[ImageSpan | VideoSpan] = []
+        self._start, self._image, self._end = map(tokenizer.id_of, (IMAGE_START, IMAGE, IMAGE_END))
+
+    def _picture(self, embeddings: int) -> None:
+        self.tokens += [self._start, *[self._image] * embeddings, self._end]
+
+    def image(self, grids: tuple[PatchGrid, ...]) -> None:
+        span = ImageSpan(start=len(self.tokens) + 1, grids=grids)
+        self.visuals.append(span)
+        self._picture(span.tokens)
+
+    def video(self, clip: Clip, labels: Sequence[Sequence[int]]) -> None:
+        span = VideoSpan(
+            start=len(self.tokens),
+            grid=clip.grid,
+            before_F=tuple(len(label) + 1 for label in labels),
+            after_F=(1,) * len(labels),
+            kept=clip.kept,
+        )
+        self.visuals.append(span)
+        counts = reserved_counts(span.num_frames, span.grid.tokens, span.kept)
+        for label, count in zip(labels, counts, strict=True):
+            self.tokens += label
+            self._picture(count)
+
+
 def encode_pieces(
-    pieces: Sequence[Piece], tokenizer: Tokenizer, image_token_counts: Sequence[int]
+    pieces: Sequence[Piece], tokenizer: Tokenizer, visuals: Sequence[Visual]
 ) -> Document:
-    """Tokens of pieces; image i takes image_token_counts[i] `<image>` tokens between its two tags.
+    """Tokens of pieces; the pictures among them take the visuals in order.
 
     Raises:
-        ValueError: the number of images and of counts differ.
+        ValueError: pictures and visuals differ in number or kind.
     """
-    images = sum(piece.kind == "image" for piece in pieces)
-    if images != len(image_token_counts):
-        raise ValueError(
-            f"the conversation has {images} images, token counts were given for "
-            f"{len(image_token_counts)}"
-        )
+    _check_visuals(pieces, visuals)
+    clips = [visual for visual in visuals if isinstance(visual, Clip)]
     texts = [piece.text for piece in pieces if piece.kind == "text"]
-    encoded = iter(tokenizer.encode_batch(texts))
-    counts = iter(image_token_counts)
-    tokens: list[int] = []
+    labels = [label for clip in clips for label in clip.labels]
+    encoded = tokenizer.encode_batch([*texts, *labels])
+    encoded_texts, encoded_labels = iter(encoded[: len(texts)]), iter(encoded[len(texts) :])
+    shown = iter(visuals)
+    row = _Row(tokenizer)
     turns: list[int] = []
-    visual: list[int] = []
     for piece in pieces:
         if piece.kind == "text":
-            ids = next(encoded)
+            row.tokens += next(encoded_texts)
         elif piece.kind == "special":
-            ids = [tokenizer.id_of(piece.text)]
+            row.tokens.append(tokenizer.id_of(piece.text))
         else:
-            count = next(counts)
-            start = len(tokens) + 1
-            visual += range(start, start + count)
-            ids = [
-                tokenizer.id_of(IMAGE_START),
-                *([tokenizer.id_of(IMAGE)] * count),
-                tokenizer.id_of(IMAGE_END),
-            ]
-        tokens += ids
-        turns += [piece.turn] * len(ids)
+            visual = next(shown)
+            if isinstance(visual, Clip):
+                row.video(visual, [next(encoded_labels) for _ in visual.labels])
+            else:
+                row.image(visual)
+        turns += [piece.turn] * (len(row.tokens) - len(turns))
     return Document(
-        tokens_N=np.array(tokens, dtype=np.int64),
+        tokens_N=np.array(row.tokens, dtype=np.int64),
         turn_ids_N=np.array(turns, dtype=np.int32),
-        visual_positions_V=np.array(visual, dtype=np.int64),
+        visuals=tuple(row.visuals),
     )
 
 
 def encode_conversation(
     messages: Sequence[Message],
     tokenizer: Tokenizer,
-    image_token_counts: Sequence[int] = (),
+    visuals: Sequence[Visual] = (),
     *,
     add_generation_prompt: bool = False,
     reasoning: bool = True,
 ) -> Document:
-    """A conversation as tokens, turn ids and visual positions. See `conversation_pieces`."""
+    """A conversation as tokens, turn ids and visual spans. See `conversation_pieces`."""
     pieces = conversation_pieces(
         messages, add_generation_prompt=add_generation_prompt, reasoning=reasoning
     )
-    return encode_pieces(pieces, tokenizer, image_token_counts)
+    return encode_pieces(pieces, tokenizer, visuals)
+
+
+def text_length(messages: Sequence[Message], tokenizer: Tokenizer) -> int:
+    """Tokens of a conversation outside its pictures."""
+    pieces = conversation_pieces(messages)
+    texts = [piece.text for piece in pieces if piece.kind == "text"]
+    special = sum(piece.kind == "special" for piece in pieces)
+    return special + sum(map(len, tokenizer.encode_batch(texts)))
+
+
+def visual_length(visual: Visual, tokenizer: Tokenizer) -> int:
+    """Tokens of an image or video in a conversation: embeddings, tags and labels."""
+    if isinstance(visual, Clip):
+        labels = sum(map(len, tokenizer.encode_batch(visual.labels)))
+        return labels + TAGS_PER_IMAGE * len(visual.labels) + visual.kept
+    return TAGS_PER_IMAGE + sum(grid.tokens for grid in visual)
 
 
 @lru_cache(maxsize=1)
@@ -263,7 +331,10 @@ def _template() -> jinja2.Template:
 def render_template(
     messages: Sequence[Message], *, add_generation_prompt: bool = False, reasoning: bool = True
 ) -> str:
-    """The conversation as chat_template.jinja renders it; an image is one `<image>`."""
+    """The conversation as chat_template.jinja renders it.
+
+    An image is one `<image>` and a video one `<video>`, for the server's processor to expand.
+    """
     return _template().render(
         messages=messages,
         add_generation_prompt=add_generation_prompt,

@@ -1,15 +1,15 @@
-"""The laptop recipe's six data sources, built from real material in installed packages.
+"""The laptop recipe's seven data sources, built from real material in installed packages.
 
     captions   views of photographs, described by what they show and what their pixels say
-    ocr        words, lines and short paragraphs of documentation in real fonts; lines of a scanned
-    page qa         short questions on photographs, rendered text and handwritten digits
+    ocr        words, lines and short paragraphs of documentation in real fonts; a scanned page
+    qa         short questions on photographs, rendered text and handwritten digits
     code       functions of the standard library: written from a docstring, completed, explained
     text       documentation, instructions, small problems solved with and without a reasoning trace
     long_text  whole documents, then questions about their first part, far away
 
 Every answer is computed from the material. A source yields the same samples for the same seed,
-split, count and Python installation; held-out samples come from other modules, topics, image parts
-and digits.
+split, count and Python installation; held-out samples come from other modules, topics, image
+parts, seconds of video and digits.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,27 +17,27 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from megatron_vl.data import laptop_text, pictures
+from megatron_vl.data import laptop_clips, laptop_text, pictures
 from megatron_vl.data.documents import identifiers, paragraphs, words
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """A conversation in v2 form and its encoded images.
+    """A conversation in v2 form and its encoded images and videos.
 
-    messages: image parts stand in the order of images and carry no "image" key yet.
-    images: file extension and bytes of each image.
+    messages: image and video parts stand in the order of media and carry no name yet.
+    media: file extension and bytes of each.
     """
 
     messages: list[dict[str, Any]]
-    images: list[tuple[str, bytes]] = field(default_factory=list)
+    media: list[tuple[str, bytes]] = field(default_factory=list)
 
 
-def _about(image: tuple[str, bytes], question: str, answer: str) -> RawSample:
-    """One question on one image."""
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+def _about(medium: tuple[str, bytes], question: str, answer: str, kind: str = "image") -> RawSample:
+    """One question on one image or video."""
+    user = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": question}]}
     assistant = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    return RawSample([user, assistant], [image])
+    return RawSample([user, assistant], [medium])
 
 
 def _photo(view: pictures.View) -> tuple[str, bytes]:
@@ -139,6 +139,12 @@ def qa(random: Random, split: str, tile_size: int) -> RawSample:
     return make(random, split, tile_size)
 
 
+def clips(random: Random, split: str, tile_size: int) -> RawSample:
+    """A short video and a question that its frames answer, most only in their order."""
+    clip = laptop_clips.draw_clip(random, split, tile_size)
+    return _about(("mp4", clip.data), clip.question, clip.answer, "video")
+
+
 def _text_only(
     build: Callable[[Random, str], list[dict[str, Any]]],
 ) -> Callable[[Random, str, int], RawSample]:
@@ -157,6 +163,7 @@ SOURCES: dict[str, Source] = {
     "captions": Source(captions, 1500),
     "ocr": Source(ocr, 2000),
     "qa": Source(qa, 1500),
+    "clips": Source(clips, 450),
     "code": Source(_text_only(laptop_text.code), 2500),
     "text": Source(_text_only(laptop_text.text), 2500),
     "long_text": Source(_text_only(laptop_text.long_text), 150),

@@ -2,7 +2,7 @@
 
 The laptop builder writes, under data.root,
 
-    SOURCE/{train,val}-000.tar    members KEY.json and KEY.0.jpg or KEY.0.png, prepared for energon
+    SOURCE/{train,val}-000.tar    members KEY.json and KEY.0.jpg, .png or .mp4, prepared for energon
     tokenizer/tokenizer.json      a byte-level BPE of model.vocab_size entries
     prepared.json                 written last: what was built, from which inputs
 
@@ -11,7 +11,6 @@ whole or absent. A second call with the same inputs does nothing; data.root hold
 is refused unless forced. A quarter of a minute and 35 MB for the laptop recipe.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -25,17 +24,17 @@ from typing import Any
 
 from megatron_vl.config.schema import DataConfig, ModelConfig
 from megatron_vl.data import documents, laptop_text, pictures
+from megatron_vl.data.headers import probe
+from megatron_vl.data.index import index_source
 from megatron_vl.data.laptop_material import (
     DEFAULT_SIZES,
     RawSample,
     held_out_count,
     source_samples,
 )
-from megatron_vl.data.tiling import image_size
 from megatron_vl.data.tokenizer import train_tokenizer
 
 MARKER = "prepared.json"
-SPLITS = ("train", "val")
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 
 _BUILDER_FILES = (
@@ -45,6 +44,7 @@ _BUILDER_FILES = (
     "laptop_text.py",
     "documents.py",
     "pictures.py",
+    "laptop_clips.py",
 )
 
 Progress = Callable[[str], None]
@@ -190,19 +190,19 @@ def _replace(root: Path, building: Path) -> None:
 
 def sample_members(key: str, source: str, sample: RawSample) -> Iterator[tuple[str, bytes]]:
     """Tar members of a sample: KEY.json in v2 form, then its media, named as the row names them."""
-    images = iter(
-        [(f"{key}.{index}.{kind}", data) for index, (kind, data) in enumerate(sample.images)]
+    waiting = iter(
+        [(f"{key}.{index}.{kind}", data) for index, (kind, data) in enumerate(sample.media)]
     )
     media: list[tuple[str, bytes]] = []
     messages: list[dict[str, Any]] = []
     for message in sample.messages:
         parts = []
         for part in message["content"]:
-            if part["type"] == "image":
-                name, data = next(images)
+            kind = part["type"]
+            if kind != "text":
+                name, data = next(waiting)
                 media.append((name, data))
-                width, height = image_size(data)
-                part = {**part, "image": name, "metadata": {"width": width, "height": height}}
+                part = {**part, kind: name, "metadata": probe(kind, data).metadata()}
             parts.append(part)
         messages.append({"role": message["role"], "content": parts})
     row = {"id": key, "source": source, "messages": messages}
@@ -242,40 +242,11 @@ def _write_source(
     return counts
 
 
-def index_source(folder: Path, *, workers: int = 1) -> None:
-    """Make a folder of {train,val}-*.tar an energon data set, with a table of its media's sizes.
-
-    Uses energon's own preparation; it starts `workers` processes.
-
-    Raises:
-        ValueError: the folder holds no shards.
-    """
-    from megatron.energon.epathlib import EPath
-    from megatron.energon.flavors import BaseWebdatasetFactory
-    from megatron.energon.media.extractor import MediaFilterConfig
-
-    shards = [file.name for split in SPLITS for file in sorted(folder.glob(f"{split}-*.tar"))]
-    if not shards:
-        raise ValueError(f"{folder} holds no shards; name them train-000.tar, val-000.tar ...")
-    with contextlib.redirect_stdout(io.StringIO()):
-        BaseWebdatasetFactory.prepare_dataset(
-            EPath(folder),
-            shards,
-            split_parts_patterns=[(split, f"{split}-.*") for split in SPLITS],
-            workers=workers,
-            media_filter=MediaFilterConfig.parse(glob=None, header=False, extension=True),
-        )
-    definition = (
-        "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
-        f"subflavors:\n  source: {folder.name}\n"
-    )
-    (folder / ".nv-meta" / "dataset.yaml").write_text(definition, encoding="utf-8")
-
-
 def _tokenizer_corpus() -> Iterator[str]:
     """Training text of the tokenizer: the same material, and the words every conversation has."""
     frame = "System\n\nUser\nAssistant\n<think></think>Assistant\n<think>\n</think>\n\n"
     yield from [frame] * 2000
+    yield from ["\nFrame 1 sampled at 0.25 seconds: "] * 500
     for photograph in pictures.PHOTOGRAPHS:
         yield from [f"{photograph.name}. The picture shows {photograph.subject}."] * 30
     for sample in source_samples("captions", split="train", count=100, seed=0, tile_size=8):

@@ -15,10 +15,12 @@ from typing import Any
 
 from megatron.energon.cache.file_store import WebdatasetFileStore
 from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
 from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta, get_info_shard_files
 
-from megatron_vl.data.prepare import SPLITS
-from megatron_vl.data.tiling import image_size
+from megatron_vl.data.chat import visual_parts
+from megatron_vl.data.index import SPLITS
+from megatron_vl.data.native import NativeRows
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,9 @@ class Sample:
     messages: list[dict[str, Any]]
     read_media: Callable[[str], bytes]
 
-    def image_parts(self) -> list[dict[str, Any]]:
-        """The image parts of all messages, in order."""
-        return [
-            part
-            for message in self.messages
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-            if part["type"] == "image"
-        ]
-
-    def images(self) -> list[bytes]:
-        """The encoded images, in order."""
-        return [self.read_media(part["image"]) for part in self.image_parts()]
+    def media(self) -> list[bytes]:
+        """The encoded images and videos, in order."""
+        return [self.read_media(part[part["type"]]) for part in visual_parts(self.messages)]
 
 
 def missing_root(root: Path) -> FileNotFoundError:
@@ -78,21 +70,26 @@ class SourceStore:
                 f"data.blend names {source!r}, which is no prepared source under {root}; "
                 f"found: {', '.join(found) or 'none'}"
             )
-        path = EPath(self.folder)
-        self._files = WebdatasetFileStore(path)
-        chosen = {
-            shard.name
-            for shard in WebdatasetMeta.from_config(
-                path=path, split_part=split, split_config="split.yaml"
-            ).shards
-        }
-        shards = get_info_shard_files(path)
-        self.keys: tuple[str, ...] = tuple(
-            key for key, _, shard in self._files.list_all_samples() if shards[shard] in chosen
-        )
+        self._files = WebdatasetFileStore(EPath(self.folder))
+        self._native = NativeRows(self.folder) if NativeRows.is_native(self.folder) else None
+        self.keys: tuple[str, ...] = self._native.keys(split) if self._native else self._tar_keys()
         """Keys of the split, in the order of its shards."""
         if not self.keys:
             raise ValueError(f"{self.folder} has no samples in its {split} split")
+
+    def _tar_keys(self) -> tuple[str, ...]:
+        path = EPath(self.folder)
+        try:
+            found = WebdatasetMeta.from_config(
+                path=path, split_part=self.split, split_config="split.yaml"
+            )
+        except EmptyDatasetError:
+            return ()
+        chosen = {shard.name for shard in found.shards}
+        shards = get_info_shard_files(path)
+        return tuple(
+            key for key, _, shard in self._files.list_all_samples() if shards[shard] in chosen
+        )
 
     @property
     def identity(self) -> str:
@@ -100,7 +97,12 @@ class SourceStore:
         return (self.folder / ".nv-meta" / "index.uuid").read_text(encoding="utf-8").strip()
 
     def _read(self, name: str) -> bytes:
-        return self._files[name][0]
+        try:
+            return self._files[name][0]
+        except KeyError:
+            if self._native is None:
+                raise
+            return self._native.read_file(name)
 
     def sample(self, key: str) -> Sample:
         """The sample of a key.
@@ -109,22 +111,21 @@ class SourceStore:
             KeyError: no such key.
             ValueError: its row is no conversation.
         """
+        if self._native is not None:
+            cooked = self._native.messages(key, self._files.get_media_metadata)
+            return Sample(key, self.source, cooked, self._read)
         row = json.loads(self._read(f"{key}.json"))
         messages = row.get("messages") if isinstance(row, dict) else None
         if not isinstance(messages, list) or not messages:
             raise ValueError(f"{self.folder}: {key}.json holds no list `messages`")
         return Sample(key, self.source, messages, self._read)
 
-    def image_sizes(self, sample: Sample) -> list[tuple[int, int]]:
-        """Width and height of each upright image: from its part, or else from its header."""
-        sizes = []
-        for part in sample.image_parts():
-            known = part.get("metadata") or {}
-            if "width" in known and "height" in known:
-                sizes.append((int(known["width"]), int(known["height"])))
-            else:
-                sizes.append(image_size(self._read(part["image"])))
-        return sizes
+    def files_of(self, key: str) -> tuple[str, ...]:
+        """Names of the files that stand beside a sample's row; none where rows lie elsewhere."""
+        if self._native is not None:
+            return ()
+        names = (f"{key}.{part}" for part, _, _ in self._files.list_sample_parts(key))
+        return tuple(name for name in names if name != f"{key}.json")
 
     def close(self) -> None:
         """Close the index."""

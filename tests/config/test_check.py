@@ -54,11 +54,10 @@ def problems(*overrides: str) -> list[str]:
             "must leave a multiple of 2",
             "nearest valid: 2",
         ),
-        (["parallel.context=2"], "comes with a later one", "nearest valid: 1"),
         (["parallel.sequence=true"], "parallel.tensor is 1", "parallel.tensor 2"),
         (
             ["parallel.sequence=true", "parallel.tensor=2", "data.sequence_length=511"],
-            "multiple of parallel.tensor 2",
+            "multiple of 2, that is parallel.tensor 2",
             "nearest valid: 512",
         ),
         (["data.tile_size=60"], "must be a multiple of 16", "nearest valid: 64"),

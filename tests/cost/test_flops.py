@@ -1,12 +1,14 @@
-"""FLOPs against sums by hand, against torch's own counter, and against what must grow."""
+"""FLOPs against sums by hand and against what must grow; `test_counter.py` runs the model."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vl.cost.flops import PackFlops, pack_flops
+from megatron_vl.config.schema import LayerKind, ParallelConfig, RecomputeConfig
+from megatron_vl.cost.flops import PackFlops, flops_by_kind, pack_flops
 from megatron_vl.cost.parameters import projector_matrices
-from tests.support.sizes import full_size, small
+from megatron_vl.cost.recompute import Recomputed, recomputed_layers
+from tests.support.sizes import PATTERN_12B, full_size, small
 
 ALL = {"encoder", "projector", "decoder"}
 
@@ -15,8 +17,7 @@ def count(pattern: str = "M-*", **changes: object) -> PackFlops:
     arguments: dict[str, object] = {
         "document_lengths": [3, 5],
         "padded_length": 10,
-        "num_tiles": 2,
-        "tile_size": 8,
+        "grids": [(4, 4), (4, 4)],
         "trainable": ALL,
     }
     return pack_flops(small(pattern), **(arguments | changes))  # type: ignore[arg-type]
@@ -24,7 +25,7 @@ def count(pattern: str = "M-*", **changes: object) -> PackFlops:
 
 def test_decoder_by_hand() -> None:
     head = 2 * 12 * 4 * 10
-    text = {"num_tiles": 0}
+    text: dict[str, object] = {"grids": []}
     assert count("-", **text).forward == head + 2 * 48 * 10
     assert count("*", **text).forward == head + 2 * 72 * 10 + 2 * 6 * (9 + 25)
     scan = 8 * (2 * 3 + 8) + 4 * 8 * 3
@@ -40,7 +41,7 @@ def test_encoder_and_projector_by_hand() -> None:
     embedding = 2 * 12 * 4 * 32
     layers = 2 * 2 * (2 * (64 + 64) * 18 + 4 * 4 * 18**2)
     projector = 2 * 100 * 8
-    decoder = count(num_tiles=0)
+    decoder = count(grids=[])
     flops = count()
     assert flops.forward == decoder.forward + embedding + layers + projector
     # Pixels need no gradient: the patch embedding has its weights' only.
@@ -48,25 +49,26 @@ def test_encoder_and_projector_by_hand() -> None:
 
 
 def test_frozen_parts_cost_what_passes_through_them() -> None:
-    decoder = count("-", num_tiles=0)
+    decoder = count("-", grids=[])
     weights = decoder.forward
-    projector = 2 * 100 * 8
+    first, second = 2 * 16 * 5 * 8, 2 * 5 * 4 * 8
     assert count("-", trainable=set()).backward == 0
-    # A frozen decoder behind a learning projector: activation gradients only.
-    assert count("-", trainable={"projector"}).backward == weights + 2 * projector
+    # A frozen decoder behind a learning projector: activation gradients only. Nothing learns before
+    # the projector, so its first matrix has its own gradient alone.
+    assert count("-", trainable={"projector"}).backward == weights + first + 2 * second
     # Nothing before the decoder learns: encoder and projector have no backward at all.
     assert count("-", trainable={"decoder"}).backward == 2 * weights
     with_encoder = count("-", trainable={"encoder"}).backward
-    assert with_encoder > weights + projector
-    assert count("-", trainable={"projector"}, num_tiles=0).backward == 0
+    assert with_encoder > weights + first + second
+    assert count("-", trainable={"projector"}, grids=[]).backward == 0
     assert len({count(trainable=t).forward for t in ({"decoder"}, {"projector"})}) == 1
 
 
 def test_published_sizes() -> None:
     model = full_size()
-    arguments = {"document_lengths": [256], "padded_length": 256, "tile_size": 512}
-    with_tile = pack_flops(model, num_tiles=1, trainable=ALL, **arguments)  # type: ignore[arg-type]
-    without = pack_flops(model, num_tiles=0, trainable=ALL, **arguments)  # type: ignore[arg-type]
+    arguments = {"document_lengths": [256], "padded_length": 256, "trainable": ALL}
+    with_tile = pack_flops(model, grids=[(32, 32)], **arguments)  # type: ignore[arg-type]
+    without = pack_flops(model, grids=[], **arguments)  # type: ignore[arg-type]
     vision = with_tile.forward - without.forward
     assert 2 * projector_matrices(model) * 256 == pytest.approx(0.107e12, rel=0.01)
     assert vision == pytest.approx((1.49 + 0.107) * 1e12, rel=0.01)
@@ -75,44 +77,67 @@ def test_published_sizes() -> None:
     assert without.forward == pytest.approx(2 * matrices * 256, rel=0.03)
 
 
-@pytest.mark.parametrize("trainable", [ALL, {"projector"}, {"decoder"}])
-def test_torch_counts_the_same_products(trainable: set[str]) -> None:
-    torch = pytest.importorskip("torch")
-    from torch.nn.functional import linear
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = small("--")
-
-    def matrix(part: str, rows: int, columns: int) -> "torch.Tensor":
-        return torch.randn(rows, columns, requires_grad=part in trainable)
-
-    def patches() -> "torch.Tensor":
-        return torch.randn(8, 16)
-
-    projector = [matrix("projector", 5, 16), matrix("projector", 4, 5)]
-    scale = torch.ones(16, requires_grad="projector" in trainable)
-    table = torch.randn(10, 4, requires_grad="decoder" in trainable)
-    sizes = [(6, 4), (4, 6), (6, 4), (4, 6), (12, 4)]
-    decoder = [matrix("decoder", *size) for size in sizes]
-    with FlopCounterMode(display=False) as counter:
-        image = linear(linear(patches() * scale, projector[0]).relu(), projector[1])
-        hidden = torch.cat([image, table[:2]])
-        for up, down in (decoder[:2], decoder[2:4]):
-            hidden = hidden + linear(linear(hidden, up).relu(), down)
-        linear(hidden, decoder[4]).sum().backward()
-    ours = pack_flops(
-        model,
-        document_lengths=[10],
-        padded_length=10,
-        num_tiles=2,
-        tile_size=8,
-        trainable=trainable,
+def test_odd_grids_are_padded_for_the_projector_alone() -> None:
+    # 3 x 5 patches: 15 in the encoder, 2 x 3 embeddings in the projector; squares a picture.
+    text, odd, both = (
+        count("-", grids=grids).forward for grids in ([], [(3, 5)], [(3, 5), (4, 4)])
     )
-    encoder = 2 * 12 * 4 * 32 + 2 * 2 * (2 * 128 * 18 + 16 * 18**2)
-    encoder_backward = encoder * 2 - 2 * 12 * 4 * 32 if "encoder" in trainable else 0
-    assert ours.total - encoder - encoder_backward == pytest.approx(
-        counter.get_total_flops(), rel=0.01
-    )
+    embedding = 2 * 12 * 4 * 15
+    layers = 2 * (2 * (64 + 64) * 17 + 4 * 4 * 17**2)
+    assert odd - text == embedding + layers + 2 * 100 * 6
+    assert both - odd == count("-", grids=[(4, 4)]).forward - text
+
+
+def test_recomputed_layers_run_once_more_where_there_is_a_backward_pass() -> None:
+    plain = count("M-*-")
+    twice = count("M-*-", recomputed=Recomputed("-*", encoder=1))
+    assert (twice.forward, twice.backward) == (plain.forward, plain.backward)
+    mlp, attention = 2 * 48 * 10, 2 * 72 * 10 + 2 * 6 * (9 + 25)
+    encoder = 2 * (2 * (64 + 64) * 18 + 4 * 4 * 18**2)
+    assert twice.repeated - plain.repeated == mlp + attention + encoder
+    assert twice.hardware == twice.total + twice.repeated
+    assert count("M-*-", trainable=set(), recomputed=Recomputed("M-*-", 2)).repeated == 0
+    frozen = {"trainable": {"decoder"}}
+    behind = count("M-*-", recomputed=Recomputed("", 2), **frozen)
+    assert behind == count("M-*-", **frozen)
+
+
+def test_what_runs_beyond_the_model_without_recompute() -> None:
+    # Logits once more; inside the scan the scores and what comes through the state.
+    head, scan = 2 * 12 * 4 * 10, (8 * 2 * 3 + 2 * 8 * 3) * 10
+    assert count("-", grids=[]).repeated == head
+    assert count("M", grids=[]).repeated == head + scan
+    # Gradients of pixels, and of a frozen encoder's output, that nobody reads.
+    pixels, shuffled = 2 * 12 * 4 * 32, 2 * 16 * 5 * 8
+    assert count("-").repeated == head + pixels
+    assert count("-", trainable={"projector"}).repeated == head + shuffled
+
+
+def test_the_kinds_add_up() -> None:
+    arguments = {"document_lengths": [3, 5], "padded_length": 10, "grids": [(4, 4)]}
+    kinds = flops_by_kind(small(), trainable=ALL, **arguments)  # type: ignore[arg-type]
+    assert sum(kinds.values(), PackFlops()) == count(grids=[(4, 4)])
+    assert all(flops.forward > 0 for flops in kinds.values())
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "first", "layers", "expected"),
+    [
+        (1, 0, 4, "M-M-"),
+        (1, 0, 62, PATTERN_12B),
+        # Stages of 14 and three times 16 layers.
+        (4, 14, 3, PATTERN_12B[:3] + PATTERN_12B[14:17] + PATTERN_12B[30:33] + PATTERN_12B[46:49]),
+        (2, 0, 2, PATTERN_12B[:2] + PATTERN_12B[31:33]),
+    ],
+)
+def test_layers_are_counted_from_the_first_of_each_stage(
+    pipeline: int, first: int, layers: int, expected: str
+) -> None:
+    parallel = ParallelConfig(pipeline=pipeline, first_stage_layers=first)
+    found = recomputed_layers(full_size(), parallel, RecomputeConfig(layers, 7))
+    assert found == Recomputed(expected, 7)
+    only = RecomputeConfig(layers, 0, [LayerKind.mamba])
+    assert recomputed_layers(full_size(), parallel, only).decoder == "M" * expected.count("M")
 
 
 @settings(max_examples=50, deadline=None)
@@ -129,7 +154,7 @@ def test_more_work_never_costs_less(
         base: dict[str, object] = {
             "document_lengths": lengths,
             "padded_length": sum(lengths) + pad,
-            "num_tiles": tiles,
+            "grids": [(4, 4)] * tiles,
             "trainable": trainable,
         }
         return count(**(base | changes))
@@ -138,7 +163,7 @@ def test_more_work_never_costs_less(
     longer = flops(document_lengths=[*lengths, 7], padded_length=sum(lengths) + pad + 7)
     assert longer.forward > base.forward
     assert longer.backward >= base.backward
-    assert flops(num_tiles=tiles + 1).total > base.total
+    assert flops(grids=[(4, 4)] * (tiles + 1)).total > base.total
     assert flops(trainable=ALL).total >= base.total
     assert flops(document_lengths=[sum(lengths)]).total >= base.total
 
@@ -148,8 +173,7 @@ def test_more_work_never_costs_less(
     [
         ({"document_lengths": [8, 3]}, "do not fit"),
         ({"trainable": {"vision"}}, "unknown parts"),
-        ({"num_tiles": -1}, "not negative"),
-        ({"tile_size": 6}, "2 patches"),
+        ({"grids": [(4, 4), (0, 4)]}, "at least one row"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:

@@ -47,5 +47,8 @@ def test_an_unknown_layer_is_refused() -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, megatron_vl.cost.flops; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, megatron_vl.cost.flops, megatron_vl.cost.bytes, megatron_vl.run.goodput; "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

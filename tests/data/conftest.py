@@ -6,34 +6,36 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from megatron_vl.config.schema import (
-    DataConfig,
-    DecoderConfig,
-    EncoderConfig,
-    ModelConfig,
-    StageConfig,
-    TrainConfig,
-)
+from megatron_vl.config.schema import DataConfig, Part, StageConfig, TrainConfig
 from megatron_vl.data.prepare import prepare_laptop
 from megatron_vl.data.tokenizer import Tokenizer
+from tests.support.sizes import small
 
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-SIZES = {"captions": 24, "ocr": 30, "qa": 24, "code": 30, "text": 40, "long_text": 6}
+SIZES = {
+    "captions": 24,
+    "ocr": 30,
+    "qa": 24,
+    "clips": 12,
+    "code": 30,
+    "text": 40,
+    "long_text": 6,
+}
 
 
 @pytest.fixture(scope="session")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> StageConfig:
     """A stage whose data is prepared."""
-    root = tmp_path_factory.mktemp("data") / "laptop"
+    root, model = tmp_path_factory.mktemp("data") / "laptop", small()
     config = StageConfig(
         name="test",
-        model=ModelConfig(
+        model=replace(
+            model,
             vocab_size=2048,
             padded_vocab_size=2048,
-            decoder=DecoderConfig(),
-            encoder=EncoderConfig(patch_size=8),
+            encoder=replace(model.encoder, patch_size=8, position_grid=128),
         ),
         data=DataConfig(
             root=str(root),
@@ -43,7 +45,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> StageConfig:
             tile_size=64,
             packing_window=60,
         ),
-        train=TrainConfig(trainable=[], steps=1, global_batch=4),
+        train=TrainConfig(trainable=list(Part), steps=1, global_batch=4),
     )
     prepare_laptop(config.data, config.model, seed=7, sizes=SIZES, progress=lambda line: None)
     return config

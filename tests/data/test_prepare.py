@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vl.config.schema import StageConfig
+from megatron_vl.data.chat import visual_parts
+from megatron_vl.data.fit import headers_of
 from megatron_vl.data.laptop_material import SOURCES, held_out_count, source_samples
 from megatron_vl.data.prepare import MARKER, prepare_laptop, read_marker
 from megatron_vl.data.store import SourceStore
@@ -44,7 +46,7 @@ def test_same_inputs_same_bytes_and_unfinished_builds_start_over(
     made = prepare_laptop(data, stage.model, seed=7, sizes=SIZES, progress=lines.append)
     assert contents(made) == contents(root)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again"]
-    assert [line.split(":")[0] for line in lines[:6]] == list(SIZES)
+    assert [line.split(":")[0] for line in lines[: len(SIZES)]] == list(SIZES)
 
 
 def test_other_inputs_build_again(stage: StageConfig, tmp_path: Path) -> None:
@@ -109,9 +111,9 @@ def test_the_store_reads_by_key(root: Path) -> None:
     assert len(store.keys) == SIZES["captions"]
     sample = store.sample(store.keys[3])
     assert [message["role"] for message in sample.messages] == ["user", "assistant"]
-    (image,) = sample.images()
-    (size,) = store.image_sizes(sample)
-    known = store._files.get_media_metadata(sample.image_parts()[0]["image"])
+    (image,) = sample.media()
+    (size,) = headers_of(sample)
+    known = store._files.get_media_metadata(visual_parts(sample.messages)[0]["image"])
     assert (known.width, known.height) == size
     assert image[:2] == b"\xff\xd8"
 
@@ -119,7 +121,7 @@ def test_the_store_reads_by_key(root: Path) -> None:
 def test_store_errors(root: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="mvl data prepare stages/laptop"):
         SourceStore(tmp_path / "none", "ocr", "train")
-    with pytest.raises(ValueError, match="found: captions, code, long_text, ocr, qa, text"):
+    with pytest.raises(ValueError, match="found: captions, clips, code, long_text, ocr, qa, text"):
         SourceStore(root, "video", "train")
     with pytest.raises(ValueError, match="'test'"):
         SourceStore(root, "ocr", "test")
@@ -132,7 +134,7 @@ def test_held_out_samples_are_others(root: Path, source: str) -> None:
         store = SourceStore(root, source, split)
         samples = [store.sample(key) for key in store.keys]
         rows[split] = {
-            (json.dumps([m["content"][-1] for m in s.messages]), *s.images()) for s in samples
+            (json.dumps([m["content"][-1] for m in s.messages]), *s.media()) for s in samples
         }
     assert not rows["train"] & rows["val"]
     assert held_out_count(1500) == 100

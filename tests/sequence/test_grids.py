@@ -4,20 +4,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vl.sequence.counts import image_token_counts, tokens_per_tile
 from megatron_vl.sequence.grids import Grid, candidate_grids, num_tiles, tile_grid, tile_limits
+from megatron_vl.sequence.visual import PatchGrid
 
 VECTORS = """
-512x512:1x1/1/256 724x724:1x1/1/256 725x725:2x2/5/1280 1024x1024:2x2/5/1280 1536x1536:3x3/10/2560
-336x336:1x1/1/256 640x480:4x3/13/3328 480x640:3x4/13/3328 640x427:3x2/7/1792 800x600:4x3/13/3328
-1024x768:4x3/13/3328 1600x1200:4x3/13/3328 2048x1536:4x3/13/3328 1280x720:2x1/3/768
-1366x768:4x2/9/2304 1920x1080:4x2/9/2304 3840x2160:4x2/9/2304 1080x1920:2x4/9/2304
-1536x1024:3x2/7/1792 1024x1536:2x3/7/1792 3000x2000:3x2/7/1792 1240x1754:2x3/7/1792
-2480x3508:2x3/7/1792 1754x1240:4x3/13/3328 1700x2200:3x4/13/3328 595x842:2x3/7/1792
-850x600:3x2/7/1792 481x202:5x2/11/2816 1178x1779:2x3/7/1792 2048x512:4x1/5/1280
-512x2048:1x4/5/1280 3000x1000:6x2/13/3328 1000x3000:2x6/13/3328 6144x512:12x1/13/3328
-10000x500:12x1/13/3328 1x10000:1x12/13/3328 1x1:1x1/1/256
+512x512:1x1/1/256/1x1 724x724:1x1/1/256/2x2 725x725:2x2/5/1280/2x2
+1024x1024:2x2/5/1280/2x2 1536x1536:3x3/10/2560/3x3 336x336:1x1/1/256/1x1
+640x480:4x3/13/3328/4x3 480x640:3x4/13/3328/3x4 640x427:3x2/7/1792/3x2
+800x600:4x3/13/3328/4x3 1024x768:4x3/13/3328/4x3 1600x1200:4x3/13/3328/4x3
+2048x1536:4x3/13/3328/4x3 1280x720:2x1/3/768/4x2 1366x768:4x2/9/2304/4x2
+1920x1080:4x2/9/2304/4x2 3840x2160:4x2/9/2304/4x3 1080x1920:2x4/9/2304/2x4
+1536x1024:3x2/7/1792/3x2 1024x1536:2x3/7/1792/2x3 3000x2000:3x2/7/1792/4x3
+1240x1754:2x3/7/1792/2x3 2480x3508:2x3/7/1792/3x4 1754x1240:4x3/13/3328/3x2
+1700x2200:3x4/13/3328/3x4 595x842:2x3/7/1792/2x3 850x600:3x2/7/1792/3x2
+481x202:5x2/11/2816/5x2 1178x1779:2x3/7/1792/2x3 2048x512:4x1/5/1280/4x1
+512x2048:1x4/5/1280/1x4 3000x1000:6x2/13/3328/6x2 1000x3000:2x6/13/3328/2x6
+6144x512:12x1/13/3328/12x1 10000x500:12x1/13/3328/12x1 1x10000:1x12/13/3328/1x12
+1x1:1x1/1/256/1x1
 """
+"""Width x height: grid / tiles with thumbnail / tokens / area-weighted grid."""
 
 LOWERED = {
     (640, 480): {12: (4, 3), 8: (3, 2), 6: (3, 2), 4: (1, 1), 2: (1, 1), 1: (1, 1)},
@@ -30,11 +35,12 @@ LOWERED = {
 def test_published_vectors(vector: str) -> None:
     size, _, rest = vector.partition(":")
     width, height = map(int, size.split("x"))
-    grid, tiles, tokens = rest.split("/")
+    grid, tiles, tokens, area_weighted = rest.split("/")
     assert tile_grid(width, height, tile_size=512, max_tiles=12) == tuple(map(int, grid.split("x")))
     assert num_tiles(width, height, tile_size=512, max_tiles=12) == int(tiles)
-    counts = image_token_counts([(width, height)], tile_size=512, patch_size=16, max_tiles=12)
-    assert counts == [int(tokens)]
+    assert PatchGrid(32, 32).tokens * int(tiles) == int(tokens)
+    weighted = tile_grid(width, height, tile_size=512, max_tiles=12, area_weighted=True)
+    assert weighted == tuple(map(int, area_weighted.split("x")))
 
 
 @pytest.mark.parametrize("size", LOWERED)
@@ -69,11 +75,9 @@ def test_what_is_refused() -> None:
         tile_grid(0, 5, tile_size=64, max_tiles=12)
     with pytest.raises(ValueError, match="max_tiles is 0"):
         tile_grid(5, 5, tile_size=64, max_tiles=0)
-    with pytest.raises(ValueError, match="the nearest is 64"):
-        tokens_per_tile(60, 8)
 
 
 def test_tokens_of_a_tile() -> None:
-    assert tokens_per_tile(512, 16) == 256
-    assert tokens_per_tile(64, 8) == 16
+    assert PatchGrid(512 // 16, 512 // 16).tokens == 256
+    assert PatchGrid(64 // 8, 64 // 8).tokens == 16
     assert Grid(4, 3).num_tiles == 13

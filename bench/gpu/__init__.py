@@ -1,0 +1,1 @@
+"""What a GPU is asked: `make gpu-check`. See `__main__.py`."""

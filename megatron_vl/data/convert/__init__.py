@@ -1,0 +1,1 @@
+"""Public vision-language sets to sources the loader reads; `run.convert` is the way in."""
