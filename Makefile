@@ -2,6 +2,8 @@
 # test    setup, lint, and the test suite: what CI runs; TESTS="tests/config -k base" narrows it
 # lint    ruff and mypy
 # demo    trains the laptop recipe, asks the model questions, writes runs/demo/report.html
+# gpu-check   one table about this machine's GPU, with the python and packages found (GPU_PYTHON);
+#             gpu-wheels collects what such a machine may lack into build/wheels, beforehand
 # clean   removes .venv and caches; runs/ and data/ stay
 #
 # TORCH_INDEX_URL  package index for torch alone; empty: the index pip is configured with.
@@ -12,9 +14,10 @@ PYTHON ?= python3
 TORCH_INDEX_URL ?=
 TESTS ?=
 BIN := .venv/bin
+GPU_PYTHON ?= python3
 export TORCH_INDEX_URL
 
-.PHONY: setup test test-all lint demo clean
+.PHONY: setup test test-all lint demo gpu-check gpu-wheels clean
 
 setup:
 	@$(PYTHON) -m launch.bootstrap
@@ -36,6 +39,12 @@ demo: setup
 	$(BIN)/mvl generate runs/demo --held-out captions --count 2 --max-new-tokens 24
 	$(BIN)/mvl generate runs/demo --held-out qa --count 2 --max-new-tokens 16
 	$(BIN)/mvl report runs/demo
+
+gpu-check:
+	$(GPU_PYTHON) -m bench.gpu
+
+gpu-wheels: setup
+	$(BIN)/python -m bench.gpu.wheels
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

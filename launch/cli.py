@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch import exit_codes
+from launch.checkpoint_commands import add_commands as add_checkpoint_commands
+from launch.data_arguments import add_data_commands
 
 _RUN = "a run folder, such as runs/demo"
 _FILE = "a stage file, such as stages/laptop/stage0.yaml"
@@ -99,9 +101,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run_commands(commands)
+    _add_check_commands(commands)
     _add_watch_commands(commands)
     _add_config_commands(commands)
     _add_model_commands(commands)
+    _add_checkpoint_commands(commands)
     return parser
 
 
@@ -112,9 +116,14 @@ def _add_run_commands(commands: Any) -> None:
     )  # fmt: skip
     _recipe_arguments(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.add_argument("--run", metavar="DIR", help="the run folder; default: runs/RECIPE")
+    plan.add_argument(
+        "--scripts", action="store_true", help="print the job script of every stage too"
+    )
+    plan.add_argument("--out", metavar="DIR", help="write the job scripts into a folder")
 
     submit = _command(
-        commands, "submit", "launch.chain:submit", "Run the stages of a recipe, one after another.",
+        commands, "submit", "launch.submit:submit", "Run the stages of a recipe in order.",
         "mvl submit stages/laptop --run runs/demo --until stage1 --follow",
     )  # fmt: skip
     _recipe_arguments(submit)
@@ -122,14 +131,26 @@ def _add_run_commands(commands: Any) -> None:
         "--run", required=True, metavar="DIR", help="the run folder, such as runs/a"
     )
     submit.add_argument(
-        "--follow", action="store_true", help="run in the foreground and show progress"
-    )
+        "--follow", action="store_true",
+        help="show progress; on this machine run in the foreground",
+    )  # fmt: skip
+
+    resume = _command(
+        commands, "resume", "launch.submit:resume", "Go on with a run as it was submitted.",
+        "mvl resume runs/demo --from stage1",
+    )  # fmt: skip
+    resume.add_argument("run", metavar="RUN", help=_RUN)
+    resume.add_argument("--from", dest="first", metavar="S", help="the first stage to run")
+    resume.add_argument("--follow", action="store_true", help="show progress, as for submit")
 
     cancel = _command(
-        commands, "cancel", "launch.chain:cancel", "Stop a run and all its processes.",
+        commands, "cancel", "launch.submit:cancel", "Stop a run and all its processes or jobs.",
         "mvl cancel runs/demo",
     )  # fmt: skip
     cancel.add_argument("run", metavar="RUN", help=_RUN)
+    cancel.add_argument(
+        "--now", action="store_true", help="on a cluster: end running jobs without waiting"
+    )
 
     train = _command(
         commands, "train", "launch.train:main", "Train one stage as one rank; `submit` calls this.",
@@ -151,6 +172,48 @@ def _add_run_commands(commands: Any) -> None:
     supervise.add_argument(
         "--grace", type=float, required=True, help="seconds from SIGTERM to kill"
     )
+
+    _add_job_commands(commands)
+
+
+def _add_job_commands(commands: Any) -> None:
+    begin = _command(
+        commands, "job-begin", "launch.slurm.job:begin", "Open an attempt; job scripts call this.",
+        "mvl job-begin runs/demo stage0", hidden=True,
+    )  # fmt: skip
+    end = _command(
+        commands, "job-end", "launch.slurm.job:end", "Close an attempt; job scripts call this.",
+        "mvl job-end runs/demo stage0 1", hidden=True,
+    )  # fmt: skip
+    for parser in (begin, end):
+        parser.add_argument("run", metavar="RUN", help=_RUN)
+        parser.add_argument("stage", metavar="STAGE", help="a stage, such as stage0")
+    end.add_argument("attempt", metavar="N", type=int, help="the attempt")
+    end.add_argument("--warned", default="", help="not empty when the time limit's warning came")
+    end.add_argument("--asked", default="", help="not empty when the job was asked to stop")
+    end.add_argument("--slurm", default="", help="what `scontrol show job` says")
+
+
+def _add_check_commands(commands: Any) -> None:
+    check = _command(
+        commands, "check", "launch.check:main", "Compare a layout with one rank, layer by layer.",
+        "mvl check stages/laptop/stage1.yaml parallel.tensor=2 parallel.context=2 parallel.data=1",
+    )  # fmt: skip
+    check.add_argument("file", metavar="FILE", help=_FILE)
+    check.add_argument(
+        "--layers", type=int, default=0, metavar="N",
+        help="decoder layers to keep; default: until each kind of the pattern has come once",
+    )  # fmt: skip
+    check.add_argument("--encoder-layers", type=int, default=2, metavar="N", help="default: 2")
+    check.add_argument("--all", action="store_true", help="list every gradient, not the worst")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    _override_arguments(check)
+    rank = _command(
+        commands, "check-rank", "launch.check:rank", "One rank of `mvl check`.",
+        "mvl check-rank FILE --record DIR", hidden=True,
+    )  # fmt: skip
+    rank.add_argument("file", metavar="FILE", help=_FILE)
+    rank.add_argument("--record", required=True, metavar="DIR", help="where the record goes")
 
 
 def _add_watch_commands(commands: Any) -> None:
@@ -205,22 +268,17 @@ def _add_config_commands(commands: Any) -> None:
     )  # fmt: skip
     diff.add_argument("a", metavar="A", help=_FILE)
     diff.add_argument("b", metavar="B", help="the stage file to compare it with")
-    _command(
+    schema = _command(
         inside, "schema", "launch.config_commands:schema", "List every key a stage file may hold.",
         "mvl config schema",
     )  # fmt: skip
+    schema.add_argument("--site", action="store_true", help="those of a site file instead")
 
 
 def _add_model_commands(commands: Any) -> None:
-    data = commands.add_parser("data", help="Make the data a recipe reads.")
+    data = commands.add_parser("data", help="Make the data a recipe reads, and look at it.")
     inside = data.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
-    prepare = _command(
-        inside, "prepare", "launch.data_commands:prepare", "Build the data sets of a recipe.",
-        "mvl data prepare stages/laptop",
-    )  # fmt: skip
-    prepare.add_argument("recipe", metavar="STAGES", help="a recipe folder or one stage file")
-    prepare.add_argument("--force", action="store_true", help="build again what is there already")
-    _override_arguments(prepare)
+    add_data_commands(inside, _command, _override_arguments)
 
     generate = _command(
         commands, "generate", "megatron_vl.infer.generate:main", "Ask a trained model.",
@@ -238,6 +296,12 @@ def _add_model_commands(commands: Any) -> None:
         "--max-new-tokens", type=int, default=128, metavar="N", help="longest answer; default: 128"
     )
     generate.add_argument("--count", type=int, default=4, metavar="N", help="samples of --held-out")
+
+
+def _add_checkpoint_commands(commands: Any) -> None:
+    checkpoint = commands.add_parser("checkpoint", help="Convert, explain and compare checkpoints.")
+    inside = checkpoint.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
+    add_checkpoint_commands(inside, _command)
 
 
 def _command(

@@ -11,6 +11,7 @@ FAILED = 3
 HELD = 4
 INCOMPLETE = 5
 BUSY = 6
+FOUND = 7
 INTERRUPTED = 130
 
 MEANINGS = {
@@ -21,6 +22,7 @@ MEANINGS = {
     HELD: "A stage must not start: its parent is not done or has changed, or a gate held it.",
     INCOMPLETE: "A stage was stopped before its last step; submit the run again to go on.",
     BUSY: "Another `mvl submit` is running this run.",
+    FOUND: "A check ran to its end and found something; its output names what.",
     INTERRUPTED: "Stopped by Ctrl-C or SIGTERM; all processes of the run were stopped too.",
 }
 

@@ -41,7 +41,15 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> SmallData:
 
     root = tmp_path_factory.mktemp("small") / "laptop"
     config = load_stage(LAPTOP / "stage1.yaml", [f"data.root={root}"])
-    sizes = {"captions": 60, "ocr": 60, "qa": 60, "code": 60, "text": 60, "long_text": 12}
+    sizes = {
+        "captions": 60,
+        "ocr": 60,
+        "qa": 60,
+        "clips": 16,
+        "code": 60,
+        "text": 60,
+        "long_text": 12,
+    }
     prepare_laptop(config.data, config.model, seed=11, sizes=sizes, progress=lambda line: None)
     return SmallData(root)
 

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vl.config.check import nearest_first_stage
+from megatron_vl.engine.context_parallel import PackedMambaContext
 from megatron_vl.engine.packed import PackedSequence
 from megatron_vl.engine.platform import PLATFORM, Platform
 from megatron_vl.kernels import conv1d, ssd
@@ -90,10 +91,25 @@ def scan_kernel(platform: Platform) -> Callable[..., Any]:
 
 
 class PackedMambaMixer(MambaMixer):
-    """The Mamba-2 mixer over a pack: state and convolution start anew at every document."""
+    """The Mamba-2 mixer over a pack: state and convolution start anew at every document.
+
+    Under context parallelism a rank convolves and scans its share of the heads over the whole pack.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.cp = PackedMambaContext(
+            cp_group=self.pg_collection.cp,
+            d_inner_local_tp=self.d_inner_local_tp,
+            nheads_local_tp=self.nheads_local_tp,
+            ngroups_local_tp=self.ngroups_local_tp,
+            d_state=self.d_state,
+            conv1d_cp1=self.conv1d,
+            dt_bias_cp1=self.dt_bias,
+            A_log_cp1=self.A_log,
+            D_cp1=self.D,
+            D_has_hdim=self.D_has_hdim,
+        )
         self.scan = scan_kernel(PLATFORM)
 
     def _ssm_training(

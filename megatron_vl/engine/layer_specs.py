@@ -11,19 +11,26 @@ transformer for the encoder.
 from dataclasses import dataclass
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
-from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from megatron_vl.engine.fp8_linear import (
+    Fp8LayerNormColumnParallelLinear,
+    Fp8RowParallelLinear,
+)
 from megatron_vl.engine.hybrid_stack import HybridStack, HybridStackSubmodules, PackedMambaMixer
 from megatron_vl.engine.platform import Platform
-from megatron_vl.engine.torch_layers import CoreAttention, LayerNormColumnParallelLinear, Norm
+from megatron_vl.engine.recompute import (
+    RecomputableMambaLayer,
+    RecomputableMLPLayer,
+    RecomputableTransformerLayer,
+)
+from megatron_vl.engine.torch_layers import CoreAttention, Norm
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,8 @@ class Blocks:
 
 
 TORCH_BLOCKS = Blocks(
-    norm_linear=LayerNormColumnParallelLinear,
-    row_linear=RowParallelLinear,
+    norm_linear=Fp8LayerNormColumnParallelLinear,
+    row_linear=Fp8RowParallelLinear,
     core_attention=CoreAttention,
     norm=Norm,
 )
@@ -96,7 +103,7 @@ def hybrid_decoder_spec(blocks: Blocks, mamba_chunk_size: int) -> ModuleSpec:
         module=HybridStack,
         submodules=HybridStackSubmodules(
             mamba_layer=ModuleSpec(
-                module=MambaLayer,
+                module=RecomputableMambaLayer,
                 submodules=MambaLayerSubmodules(
                     mixer=ModuleSpec(
                         module=PackedMambaMixer,
@@ -109,14 +116,14 @@ def hybrid_decoder_spec(blocks: Blocks, mamba_chunk_size: int) -> ModuleSpec:
                 ),
             ),
             attention_layer=ModuleSpec(
-                module=TransformerLayer,
+                module=RecomputableTransformerLayer,
                 submodules=TransformerLayerSubmodules(
                     self_attention=_attention(blocks, AttnMaskType.causal),
                     self_attn_bda=get_bias_dropout_add,
                 ),
             ),
             mlp_layer=ModuleSpec(
-                module=MLPLayer,
+                module=RecomputableMLPLayer,
                 submodules=TransformerLayerSubmodules(
                     mlp=ModuleSpec(module=MLP, submodules=mlp_submodules(blocks)),
                     mlp_bda=get_bias_dropout_add,
@@ -130,7 +137,7 @@ def hybrid_decoder_spec(blocks: Blocks, mamba_chunk_size: int) -> ModuleSpec:
 def encoder_layer_spec(blocks: Blocks) -> ModuleSpec:
     """Spec of one vision transformer layer: full attention, then an MLP, both pre-norm."""
     return ModuleSpec(
-        module=TransformerLayer,
+        module=RecomputableTransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=_attention(blocks, AttnMaskType.no_mask),
             self_attn_bda=get_bias_dropout_add,

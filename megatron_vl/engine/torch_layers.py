@@ -8,7 +8,6 @@ Shapes: S sequence (the local part under sequence parallelism), B batch, H hidde
 N heads, G key/value heads, D head width.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +19,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_vl.engine.context_parallel import gather_keys_and_values
 from megatron_vl.engine.packed import PackedSequence
+from megatron_vl.kernels.attention import attend, attend_segments
 
 
 def _norm_parameter(values: Tensor, config: TransformerConfig) -> nn.Parameter:
@@ -99,11 +100,9 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 class CoreAttention(nn.Module):
     """Scaled dot-product attention, per document: the twin of TEDotProductAttention.
 
-    A pack is attended document by document, so no mask over the whole pack is ever built and a
-    document's result does not depend on its neighbours. Cost: one kernel launch a document.
-
-    Raises:
-        ValueError: at construction, context parallelism is asked for.
+    A pack is attended document by document (see `kernels.attention`). Under context parallelism the
+    queries of this rank's shard see gathered keys and values: the whole pack's, one layer at a
+    time.
     """
 
     # Read by megatron-core's checkpoint code, which treats core attention as a stateful module.
@@ -121,13 +120,12 @@ class CoreAttention(nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
-        if config.context_parallel_size != 1:
-            raise ValueError(
-                f"parallel.context = {config.context_parallel_size}: the torch layer spec attends "
-                "within one rank; use parallel.context=1"
-            )
         self.causal = attn_mask_type == AttnMaskType.causal
         self.softmax_scale = softmax_scale
+        self.context_group = None
+        if config.context_parallel_size > 1:
+            assert pg_collection is not None
+            self.context_group = pg_collection.cp
 
     def forward(
         self,
@@ -151,22 +149,24 @@ class CoreAttention(nn.Module):
             (T, N*D) when packed, else (S, B, N*D).
         """
         if packed_seq_params is None:
-            context_BNSD = self._attend(*(t.permute(1, 2, 0, 3) for t in (query, key, value)))
+            assert self.context_group is None, "context parallelism needs a described pack"
+            query_BNSD, key_BGSD, value_BGSD = (
+                tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)
+            )
+            context_BNSD = attend(
+                query_BNSD, key_BGSD, value_BGSD, causal=self.causal, scale=self.softmax_scale
+            )
             return context_BNSD.permute(2, 0, 1, 3).flatten(2)
         assert isinstance(packed_seq_params, PackedSequence)
-        lengths = [end - start for start, end in pairwise(packed_seq_params.boundaries)]
-        # Split views of (N, T, D): autograd joins their gradients in one concatenation.
-        views = (t.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for t in (query, key, value))
-        documents = zip(*views, strict=True)
-        context_BNTD = torch.cat([self._attend(*document) for document in documents], dim=2)
-        return context_BNTD.squeeze(0).transpose(0, 1).flatten(1)
-
-    def _attend(self, query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(
-            query_BNSD,
-            key_BGSD,
-            value_BGSD,
-            is_causal=self.causal,
+        if self.context_group is not None:
+            key, value = gather_keys_and_values(key, value, packed_seq_params, self.context_group)
+        context_TND = attend_segments(
+            query,
+            key,
+            value,
+            packed_seq_params.boundaries,
+            packed_seq_params.segments,
+            causal=self.causal,
             scale=self.softmax_scale,
-            enable_gqa=query_BNSD.shape[1] != key_BGSD.shape[1],
         )
+        return context_TND.flatten(1)

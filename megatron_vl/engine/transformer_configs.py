@@ -16,13 +16,12 @@ from megatron_vl.config.schema import ModelConfig, ParallelConfig, Precision
 
 
 def _shared(precision: Precision, parallel: ParallelConfig) -> dict[str, Any]:
-    in_bf16 = precision is Precision.bf16
+    in_bf16 = precision is not Precision.fp32  # FP8 is set on the built model: engine.fp8_state
     return {
         "bf16": in_bf16,
         "params_dtype": torch.bfloat16 if in_bf16 else torch.float32,
         "pipeline_dtype": torch.bfloat16 if in_bf16 else torch.float32,
         "tensor_model_parallel_size": parallel.tensor,
-        "context_parallel_size": parallel.context,
         "perform_initialization": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -60,6 +59,7 @@ def decoder_config(
         activation_func=squared_relu,
         add_bias_linear=False,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers or None,
         sequence_parallel=parallel.sequence,
     )
@@ -68,7 +68,10 @@ def decoder_config(
 def encoder_config(
     model: ModelConfig, parallel: ParallelConfig, precision: Precision
 ) -> TransformerConfig:
-    """Config of the vision encoder: whole on the first pipeline stage, whole sequences."""
+    """Config of the vision encoder: whole on the first pipeline stage, whole sequences.
+
+    Context-parallel ranks share units, never one unit's sequence.
+    """
     encoder = model.encoder
     return TransformerConfig(
         **_shared(precision, parallel),

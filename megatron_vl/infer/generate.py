@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_vl.data.loader import encode_prompt, held_out_examples, load_tokenizer
-from megatron_vl.data.tiling import image_size
+from megatron_vl.data.chat import visual_parts
+from megatron_vl.data.encode import encode_prompt, load_tokenizer
+from megatron_vl.data.headers import image_header
+from megatron_vl.data.loader import held_out_examples
 from megatron_vl.infer.model import OpenModel, open_model
 from megatron_vl.run.folder import RunFolder
 
@@ -26,7 +26,7 @@ class Question:
 
     Attributes:
         messages: conversation in the internal form, ending with the user's turn.
-        images: encoded images, in the order of the image parts.
+        images: encoded images and videos, in the order of their parts.
         reference: the known answer, if the question is a held-out sample.
     """
 
@@ -64,24 +64,21 @@ def answer(
     Raises:
         ValueError: the prompt leaves no room for an answer.
     """
-    tokens_L, tiles_TCHW, positions_V = encode_prompt(
-        model.config, question.messages, question.images, reasoning
-    )
-    room = model.config.data.sequence_length - tokens_L.shape[0]
+    prompt = encode_prompt(model.config, question.messages, question.images, reasoning)
+    room = model.config.data.sequence_length - prompt.num_tokens
     if room <= 0:
         raise ValueError(
-            f"the prompt has {tokens_L.shape[0]} tokens, the stage's sequence_length is "
+            f"the prompt has {prompt.num_tokens} tokens, the stage's sequence_length is "
             f"{model.config.data.sequence_length}; shorten it by {1 - room} tokens"
         )
     tokenizer = load_tokenizer(model.config)
     new: list[int] = []
     for _ in range(min(room, max_new_tokens)):
-        token = int(model.last_logits(tokens_L, tiles_TCHW, positions_V).argmax())
+        token = int(model.last_logits(prompt, new).argmax())
         if token == tokenizer.end_of_turn_id:
             break
         new.append(token)
         say(tokenizer.decode(new, skip_special=True))
-        tokens_L = torch.cat([tokens_L, torch.tensor([token])])
     return tokenizer.decode(new, skip_special=True)
 
 
@@ -97,7 +94,7 @@ def asked(prompt: str, image: str | None) -> Question:
         return Question([{"role": "user", "content": parts}], [])
     data = Path(image).read_bytes()
     try:
-        image_size(data)
+        image_header(data)
     except Exception as error:
         raise ValueError(f"{image} is not a picture that can be read; use JPEG or PNG") from error
     return Question(
@@ -111,12 +108,7 @@ def held_out(model: OpenModel, source: str, count: int) -> list[Question]:
     for messages, images in held_out_examples(model.config, source, count):
         first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
         asked_messages = messages[:first]
-        shown = sum(
-            part["type"] == "image"
-            for message in asked_messages
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-        )
+        shown = len(visual_parts(asked_messages))
         questions.append(Question(asked_messages, images[:shown], text_of(messages[first])))
     return questions
 
@@ -146,9 +138,10 @@ def main(args: Namespace) -> int:
 
 
 def _keep(run: RunFolder, question: Question, text: str, name: str) -> None:
-    """Append the answer to the run's `generate.jsonl`, its pictures beside it."""
+    """Append the answer to the run's `generate.jsonl`, its picture beside it."""
     image = None
-    if question.images:
+    shown = visual_parts(question.messages)
+    if shown and shown[0]["type"] == "image":
         folder = run.path / "generate"
         folder.mkdir(exist_ok=True)
         image = f"generate/{name}{_suffix(question.images)}"

@@ -2,20 +2,24 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vl.config.load import load_stage
 from megatron_vl.config.schema import ParallelConfig, StageConfig
+from megatron_vl.data.pack import Pack
 from megatron_vl.engine import process_groups
 from megatron_vl.engine.packed import packed_sequence
 from megatron_vl.engine.platform import PLATFORM
+from megatron_vl.model.visual import visual_input
 from megatron_vl.model.vlm import VisionLanguageModel
 from megatron_vl.run.folder import RunError, RunFolder
+from megatron_vl.sequence.layout import TEXT
 from megatron_vl.train.build import build_model
 from megatron_vl.train.checkpoint import STATE_FILE, latest, load_weights
 
@@ -28,18 +32,20 @@ class OpenModel:
     config: StageConfig
 
     @torch.no_grad()
-    def last_logits(self, tokens_L: Tensor, tiles_TCHW: Tensor, positions_V: Tensor) -> Tensor:
+    def last_logits(self, prompt: Pack, new_tokens: list[int]) -> Tensor:
         """Logits after the last token of one document, float32 on the host.
 
         Args:
-            tokens_L: int64 token ids.
-            tiles_TCHW: uint8 tiles.
-            positions_V: int64 position of each visual embedding.
+            prompt: a pack of one document without padding.
+            new_tokens: tokens that follow it.
 
         Returns:
             (vocab_size,); padding rows of the vocabulary are left out.
         """
         device = PLATFORM.device
+        visual = visual_input(prompt, device)
+        rows_L = F.pad(visual.rows_L, (0, len(new_tokens)), value=TEXT)
+        tokens_L = torch.cat([prompt.tokens_L, torch.tensor(new_tokens, dtype=torch.int64)])
         length = tokens_L.shape[0]
         pack = packed_sequence(
             torch.zeros(length, dtype=torch.int32),
@@ -48,7 +54,7 @@ class OpenModel:
             device,
         )
         logits_BLV = self.module(
-            tokens_L.to(device).unsqueeze(0), tiles_TCHW.to(device), positions_V.to(device), pack
+            tokens_L.to(device).unsqueeze(0), replace(visual, rows_L=rows_L), pack
         )
         return logits_BLV[0, -1, : self.config.model.vocab_size].float().cpu()
 

@@ -1,9 +1,12 @@
 """From encoder patches to decoder tokens: pixel shuffle v2, then RMSNorm, linear, ReLU2, linear.
 
-Shapes: T tiles, G patches along a tile's edge, E encoder width, H decoder width, V visual tokens
-(T * (G/2)^2).
+Shapes: P patches, E encoder width, H decoder width, V visual tokens.
 """
 
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -11,31 +14,29 @@ from torch import Tensor
 from megatron_vl.config.schema import ModelConfig, ParallelConfig, Precision
 from megatron_vl.engine.layer_specs import Blocks, mlp_submodules
 from megatron_vl.engine.transformer_configs import projector_config
+from megatron_vl.sequence.counts import PIXEL_SHUFFLE
+from megatron_vl.sequence.units import pixel_shuffle_index
+from megatron_vl.sequence.visual import PatchGrid
 
 
-def pixel_shuffle(patches_TGGE: Tensor) -> Tensor:
+def pixel_shuffle(patches_PE: Tensor, grids: Sequence[PatchGrid]) -> Tensor:
     """Fold each 2x2 neighbourhood of patches into one position of four times the width.
 
-    The published v2 order: width pairs are folded into channels first, then height pairs, and the
-    axes end as they began (v1 leaves them swapped). Row-major.
+    The published v2 order: upper left, upper right, lower left, lower right, in channels (v1 leaves
+    rows and columns swapped). Row-major, unit by unit. Grids with odd edges are padded with zeros
+    below and on the right.
 
     Args:
-        patches_TGGE: (T, rows, columns, E), rows and columns even.
+        patches_PE: patches of all units.
+        grids: of each unit.
 
     Returns:
-        (T, rows/2, columns/2, 4E).
-
-    Raises:
-        ValueError: an odd number of rows or columns.
+        (V, 4E).
     """
-    tiles, rows, columns, width = patches_TGGE.shape
-    if rows % 2 or columns % 2:
-        raise ValueError(
-            f"pixel shuffle folds 2x2 patches, the grid is {rows}x{columns}; "
-            f"use a tile of {rows + rows % 2}x{columns + columns % 2} patches"
-        )
-    pairs = patches_TGGE.reshape(tiles, rows // 2, 2, columns // 2, 2 * width)
-    return pairs.transpose(2, 3).reshape(tiles, rows // 2, columns // 2, 4 * width)
+    index_V4 = torch.from_numpy(pixel_shuffle_index(grids)).to(patches_PE.device, non_blocking=True)
+    if any(edge % PIXEL_SHUFFLE for grid in set(grids) for edge in grid):
+        patches_PE = F.pad(patches_PE, (0, 0, 0, 1))
+    return patches_PE.index_select(0, index_V4.flatten()).unflatten(0, (-1, 4)).flatten(1)
 
 
 def build_projector(

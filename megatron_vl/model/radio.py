@@ -7,10 +7,12 @@ CPE, eval mode). Prefix tokens are prepended for the attention and dropped at th
 
 There is no norm after the last layer (RADIO replaces it by the identity).
 
-Shapes: T tiles, C colour channels, H x W a tile's pixels, P patch edge, G patches along an edge, F
-numbers in a patch (3*P*P), S tokens of a tile, E width, K prefix tokens, R rows of the square
-position table.
+Shapes: U visual units, P patches of all units, F numbers in a patch (3 * edge * edge), C colour
+channels, X pixels of a patch, S tokens (of a unit, or of all in one sequence), B batch (1), E
+width, K prefix tokens, R rows of the square position table, G the longer edge of a grid.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,9 @@ from torch import Tensor, nn
 
 from megatron_vl.config.schema import ModelConfig, ParallelConfig, Precision
 from megatron_vl.engine.layer_specs import Blocks, encoder_layer_spec
+from megatron_vl.engine.packed import packed_units
 from megatron_vl.engine.transformer_configs import encoder_config
+from megatron_vl.sequence.visual import PatchGrid
 
 # CLIP's statistics, on a 0..1 scale: the published image processor of the model.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -80,8 +84,8 @@ class RadioEncoder(VisionModule):
         config = encoder_config(model, parallel, precision)
         super().__init__(config=config)
         encoder = model.encoder
-        self.patch_size = encoder.patch_size
         self.position_grid = encoder.position_grid
+        self.num_prefix = encoder.num_prefix_tokens
         device = torch.cuda.current_device()
         self.class_token = nn.Parameter(
             torch.empty(
@@ -123,44 +127,59 @@ class RadioEncoder(VisionModule):
         self.pixel_scale_C = pixel_scale
         self.pixel_shift_C = pixel_shift
 
-    def forward(self, tiles_TCHW: Tensor) -> Tensor:
-        """Encode tiles.
+    def forward(self, patches_PF: Tensor, grids: Sequence[PatchGrid]) -> Tensor:
+        """Encode visual units.
+
+        Units of one shape run as a batch; units of several shapes as one long sequence in which
+        each attends within itself. Both give the same numbers.
 
         Args:
-            tiles_TCHW: uint8 RGB tiles (T, 3, H, W), both multiples of the patch edge.
+            patches_PF: uint8 patches of all units, each flattened as (channel, row, column).
+            grids: patches of each unit.
 
         Returns:
-            (T, G, G, E), prefix tokens dropped.
+            (P, E), prefix tokens dropped.
 
         Raises:
-            ValueError: the tile edge is no multiple of the patch edge.
+            ValueError: a grid is larger than the position table.
         """
-        patches_TGGF = self._patches(tiles_TCHW)
-        tiles, rows, columns, _ = patches_TGGF.shape
-        embedded_TSE, _ = self.embedder(patches_TGGF.flatten(1, 2))
-        table_RRE = self.position_embeddings.view(self.position_grid, self.position_grid, -1)
-        embedded_TSE = embedded_TSE + crop_positions(table_RRE, rows, columns).flatten(0, 1)
-        prefix_TKE = self.class_token.expand(tiles, -1, -1)
-        hidden_TSE = torch.cat([prefix_TKE, embedded_TSE], dim=1)
-        hidden_STE = self.decoder(
-            hidden_states=hidden_TSE.transpose(0, 1).contiguous(), attention_mask=None
-        )
-        kept_STE = hidden_STE[self.class_token.shape[0] :]
-        return kept_STE.transpose(0, 1).unflatten(1, (rows, columns))
+        embedded_PE, _ = self.embedder(self._normalised(patches_PF))
+        if len(set(grids)) == 1:
+            return self._encode_batch(embedded_PE, grids)
+        return self._encode_sequence(embedded_PE, grids)
 
-    def _patches(self, tiles_TCHW: Tensor) -> Tensor:
-        """Normalised patches, (T, G, G, 3*P*P), each flattened as (channel, row, column)."""
-        tiles, channels, height, width = tiles_TCHW.shape
-        patch = self.patch_size
-        if height % patch or width % patch:
-            raise ValueError(
-                f"tiles of {height}x{width} pixels do not split into patches of {patch}x{patch}; "
-                f"the nearest edge is {max(round(height / patch), 1) * patch}"
-            )
-        shift_C11 = self.pixel_shift_C.view(-1, 1, 1)
-        scale_C11 = self.pixel_scale_C.view(-1, 1, 1)
-        pixels_TCHW = ((tiles_TCHW.float() - shift_C11) / scale_C11).to(self.class_token.dtype)
-        grid = pixels_TCHW.view(
-            tiles, channels, height // patch, patch, width // patch, patch
-        ).permute(0, 2, 4, 1, 3, 5)
-        return grid.reshape(tiles, height // patch, width // patch, channels * patch * patch)
+    def _positions(self, grid: PatchGrid) -> Tensor:
+        """Positions of one unit's patches, (patches, E)."""
+        table_RRE = self.position_embeddings.view(self.position_grid, self.position_grid, -1)
+        return crop_positions(table_RRE, grid.rows, grid.columns).flatten(0, 1)
+
+    def _encode_batch(self, embedded_PE: Tensor, grids: Sequence[PatchGrid]) -> Tensor:
+        """Units of one shape."""
+        embedded_USE = embedded_PE.unflatten(0, (len(grids), -1)) + self._positions(grids[0])
+        prefix_UKE = self.class_token.expand(len(grids), -1, -1)
+        hidden_SUE = torch.cat([prefix_UKE, embedded_USE], dim=1).transpose(0, 1).contiguous()
+        hidden_SUE = self.decoder(hidden_states=hidden_SUE, attention_mask=None)
+        return hidden_SUE[self.num_prefix :].transpose(0, 1).flatten(0, 1)
+
+    def _encode_sequence(self, embedded_PE: Tensor, grids: Sequence[PatchGrid]) -> Tensor:
+        """Units of any shapes, one after the other, each behind its own prefix tokens."""
+        positions = {grid: self._positions(grid) for grid in set(grids)}
+        embedded_PE = embedded_PE + torch.cat([positions[grid] for grid in grids])
+        pieces = []
+        for unit_SE in embedded_PE.split([grid.patches for grid in grids]):
+            pieces += [self.class_token, unit_SE]
+        lengths = [self.num_prefix + grid.patches for grid in grids]
+        pack = packed_units(lengths, embedded_PE.device)
+        hidden_SBE = self.decoder(
+            hidden_states=torch.cat(pieces).unsqueeze(1),
+            attention_mask=None,
+            packed_seq_params=pack,
+        )
+        units = hidden_SBE.squeeze(1).split(lengths)
+        return torch.cat([unit_SE[self.num_prefix :] for unit_SE in units])
+
+    def _normalised(self, patches_PF: Tensor) -> Tensor:
+        """Patches in the encoder's type, with CLIP's mean and deviation taken out."""
+        patches_PCX = patches_PF.unflatten(1, (3, -1)).float()
+        normal = (patches_PCX - self.pixel_shift_C.view(-1, 1)) / self.pixel_scale_C.view(-1, 1)
+        return normal.flatten(1).to(self.class_token.dtype)

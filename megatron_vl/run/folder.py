@@ -107,6 +107,18 @@ class StageFolder:
         self.attempt_path(number).mkdir(parents=True)
         return number
 
+    def require_current(self, attempt: int) -> None:
+        """Refuse to write on behalf of an attempt that a later one has taken over from.
+
+        A node that lost touch with Slurm may still run ranks while their job runs elsewhere.
+        Raises RunError.
+        """
+        latest = self.last_attempt()
+        if latest > attempt:
+            raise RunError(
+                f"{self.path}: attempt {latest} has begun, so attempt {attempt} writes no more"
+            )
+
     def checkpoint_path(self, receipt: Receipt) -> Path:
         """The checkpoint a receipt of this stage names. Raises RunError when it names none."""
         if receipt.checkpoint is None:

@@ -13,8 +13,8 @@ from typing import Any
 from megatron_vl.run.receipt import now
 
 EVENTS = (
-    "planned", "submitted", "started", "saved", "signalled", "requeued", "ended", "gated",
-    "overridden",
+    "planned", "submitted", "released", "started", "saved", "signalled", "requeued", "ended",
+    "cancelled", "gated", "overridden",
 )  # fmt: skip
 
 

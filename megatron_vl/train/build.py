@@ -13,8 +13,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
 from megatron_vl.config.schema import Part, Precision, StageConfig
+from megatron_vl.engine.fp8_state import Fp8Layers, enable_fp8
 from megatron_vl.engine.layer_specs import Blocks, blocks_for
 from megatron_vl.engine.platform import PLATFORM
+from megatron_vl.engine.recompute import mark_decoder, mark_encoder
 from megatron_vl.engine.sharding import mark_tensor_parallel
 from megatron_vl.model.vlm import VisionLanguageModel
 from megatron_vl.train.freeze import set_trainable
@@ -31,6 +33,7 @@ class Trainee:
         groups: process groups of the layout.
         learns: this rank holds at least one trainable parameter.
         trainable: trainable parameters of each part on this rank.
+        fp8: what runs in FP8 on this rank; None where the precision is no FP8.
     """
 
     module: VisionLanguageModel
@@ -39,6 +42,7 @@ class Trainee:
     groups: ProcessGroupCollection
     learns: bool
     trainable: dict[Part, int]
+    fp8: Fp8Layers | None = None
 
 
 def build_model(
@@ -61,8 +65,13 @@ def build_model(
         sequence_length=config.data.sequence_length,
         pre_process=groups.pp.rank() == 0,
         post_process=groups.pp.rank() == groups.pp.size() - 1,
+        loss_chunk=config.train.loss_chunk,
     )
     mark_tensor_parallel(module)
+    stack = module.language_model.decoder
+    mark_decoder(stack.layers, stack.layer_type_list, config.recompute)
+    if module.pre_process:
+        mark_encoder(module.vision_model.decoder.layers, config.recompute)
     _refuse_lost_layers(module, config, groups)
     return module
 
@@ -84,9 +93,12 @@ def _refuse_lost_layers(
 def prepare_training(
     module: VisionLanguageModel, config: StageConfig, groups: ProcessGroupCollection
 ) -> Trainee:
-    """Freeze, allocate gradient buffers and make the optimizer.
+    """Freeze, allocate gradient buffers, make the optimizer and put the linears into FP8.
 
     Call after the starting weights are in place: the optimizer copies them.
+
+    Raises:
+        ValueError: the device or the layer spec cannot run the FP8 recipe.
     """
     trainable = set_trainable(module, frozenset(config.train.trainable))
     core_config = module.config
@@ -123,6 +135,7 @@ def prepare_training(
         groups=groups,
         learns=sum(trainable.values()) > 0,
         trainable=dict(trainable),
+        fp8=enable_fp8(module, config, groups),
     )
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_vl.engine import optimizer_state
 from megatron_vl.engine.checkpoint_trust import check_index
+from megatron_vl.engine.fp8_state import HISTORY_PREFIX
 from megatron_vl.engine.platform import PLATFORM
 from megatron_vl.engine.sharding import checkpoint_metadata, sharded_tensors
 from megatron_vl.model.vlm import VisionLanguageModel
@@ -32,6 +33,8 @@ from megatron_vl.train.build import Trainee
 
 STATE_FILE = "state.json"
 PARTIAL_SUFFIX = ".partial"
+# Names of stored tensors that are no weights.
+TRAINING_STATE = ("optimizer.", HISTORY_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ def save(folder: Path, trainee: Trainee, state: LoopState) -> None:
     tree: dict[str, Any] = dict(model_state)
     if state.optimizer and trainee.learns:
         tree["optimizer"] = trainee.optimizer.sharded_state_dict(model_state, metadata=metadata)
+    if state.optimizer and trainee.fp8 is not None and trainee.fp8.history is not None:
+        tree |= trainee.fp8.history.sharded()
     dist_checkpointing.save(tree, str(partial))
     torch.distributed.barrier()
     if first:
@@ -170,7 +175,7 @@ def _refuse_other_model(
     stored = {
         name: tuple(entry.size)
         for name, entry in _tensor_entries(folder).items()
-        if not name.startswith("optimizer.")
+        if not name.startswith(TRAINING_STATE)
     }
     differing = sorted(
         name for name in model.keys() | stored.keys() if model.get(name) != stored.get(name)
@@ -196,18 +201,32 @@ def load_optimizer(folder: Path, trainee: Trainee) -> None:
             f"{folder} holds weights only; set checkpoint.optimizer=true in the stage that writes "
             "it, or carry.optimizer=false here"
         )
-    if not trainee.learns:
-        _load({}, folder)
-        return
-    optimizer_state.allocate(trainee.optimizer)
-    metadata = checkpoint_metadata(trainee.groups)
-    model_state = trainee.module.sharded_state_dict(metadata=metadata)
-    tree = {
-        "optimizer": trainee.optimizer.sharded_state_dict(
+    tree: dict[str, Any] = _stored_history(folder, trainee)
+    if trainee.learns:
+        optimizer_state.allocate(trainee.optimizer)
+        metadata = checkpoint_metadata(trainee.groups)
+        model_state = trainee.module.sharded_state_dict(metadata=metadata)
+        tree["optimizer"] = trainee.optimizer.sharded_state_dict(
             model_state, is_loading=True, metadata=metadata
         )
+    loaded = _load(tree, folder)
+    if trainee.learns:
+        optimizer_state.load(trainee.optimizer, loaded["optimizer"])
+    if trainee.fp8 is not None and trainee.fp8.history is not None:
+        trainee.fp8.history.restore(loaded)
+
+
+def _stored_history(folder: Path, trainee: Trainee) -> dict[str, Any]:
+    """What delayed scaling remembers, of the linears that had a history of this length when the
+    checkpoint was written; after a change of precision or of `fp8`'s keys the others have none."""
+    if trainee.fp8 is None or trainee.fp8.history is None:
+        return {}
+    stored = _tensor_entries(folder)
+    return {
+        name: shard
+        for name, shard in trainee.fp8.history.sharded().items()
+        if name in stored and tuple(stored[name].size) == tuple(shard.global_shape)
     }
-    optimizer_state.load(trainee.optimizer, _load(tree, folder)["optimizer"])
 
 
 def _load(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -230,7 +249,8 @@ def full_tensors(folder: Path, *, optimizer: bool = False) -> dict[str, Tensor]:
     Needs no process group and no model.
 
     Args:
-        optimizer: also the optimizer's, named `optimizer.state.KIND.PARAMETER`.
+        optimizer: also the optimizer's, named `optimizer.state.KIND.PARAMETER`, and the amax
+            histories of fp8_delayed, named `fp8.amax_history.LAYER.LINEAR`.
     """
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint import load as dcp_load
@@ -239,7 +259,7 @@ def full_tensors(folder: Path, *, optimizer: bool = False) -> dict[str, Tensor]:
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in _tensor_entries(folder).items()
-        if optimizer or not name.startswith("optimizer.")
+        if optimizer or not name.startswith(TRAINING_STATE)
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

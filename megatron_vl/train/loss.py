@@ -20,7 +20,7 @@ def weighted_sum(losses_BL: Tensor, weights_L: Tensor) -> Tensor:
     """Sum of token losses times their weights, in float32.
 
     Args:
-        losses_BL: (1, L) token losses.
+        losses_BL: (1, L) token losses; of a context rank's shard where there are several.
         weights_L: (L,) 1/sqrt(n) of each supervised token's turn, 0 elsewhere.
     """
     return (losses_BL.float().squeeze(0) * weights_L).sum()
@@ -29,9 +29,10 @@ def weighted_sum(losses_BL: Tensor, weights_L: Tensor) -> Tensor:
 def undo_averaging(num_micro_batches: int, data_parallel_size: int) -> float:
     """Factor that makes the accumulated gradient the gradient of the global batch's loss.
 
-    megatron-core's schedule divides a micro-batch's loss by the number of micro-batches, and its
-    gradient buffers are averaged over data-parallel ranks; the loss is divided by the global
-    weight already.
+    megatron-core's schedule divides a micro-batch's loss by the number of micro-batches and
+    multiplies it by that of context ranks, and its gradient buffers are averaged over data and
+    context ranks; the loss is divided by the global weight already, and each context rank's is its
+    own part of a sum.
     """
     return float(num_micro_batches * data_parallel_size)
 

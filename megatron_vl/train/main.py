@@ -1,11 +1,11 @@
 """What each rank of a stage runs: `mvl train CONFIG --run DIR`.
 
 Joins the world, puts the starting weights in place, trains, evaluates, saves, and last of all
-writes the `done` receipt. A rank that raises leaves no receipt; whoever launched it writes a
-`failed` one with what the rank said.
+writes the `done` receipt. Asked to stop (`run.stop`), all ranks save after the same step and leave
+an `incomplete` one. A rank that raises leaves no receipt; whoever launched it writes a `failed` one
+with what the rank said.
 """
 
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,19 +15,28 @@ import torch.distributed
 
 from megatron_vl.config.load import config_hash
 from megatron_vl.config.schema import StageConfig
-from megatron_vl.cost.flops import pack_flops
+from megatron_vl.cost.flops import PackFlops, pack_flops
+from megatron_vl.cost.recompute import recomputed_layers
 from megatron_vl.data.loader import PackLoader
 from megatron_vl.data.pack import Pack
 from megatron_vl.engine import process_groups
+from megatron_vl.engine.platform import PLATFORM
 from megatron_vl.run.digest import checkpoint_digest
 from megatron_vl.run.folder import RunFolder, StageFolder
-from megatron_vl.run.receipt import CheckpointRef, Receipt, Seconds, now
+from megatron_vl.run.goodput import goodput
+from megatron_vl.run.metrics import append_metrics
+from megatron_vl.run.receipt import CheckpointRef, Receipt, Seconds, Status, now
+from megatron_vl.run.stop import Stop, StopRequest
 from megatron_vl.run.versions import versions
 from megatron_vl.train.checkpoint import LoopState, save, step_folder
-from megatron_vl.train.meters import Meters, StepMetrics
+from megatron_vl.train.data_account import TrainingData
+from megatron_vl.train.drift import DriftMeter
+from megatron_vl.train.loss import sum_over_ranks
+from megatron_vl.train.meters import Meters, StepMetrics, utilisation
 from megatron_vl.train.schedule import learning_rate
 from megatron_vl.train.start import Start, start_stage
 from megatron_vl.train.step import StepResult, count, evaluate_batch, train_step
+from megatron_vl.train.timers import ScheduleTimers, bubble
 
 
 @dataclass
@@ -37,6 +46,7 @@ class Clock:
     born: float = field(default_factory=time.perf_counter)
     useful: float = 0.0
     waiting: float = 0.0
+    saving: float = 0.0
 
     def receipt(self, before: Seconds) -> Seconds:
         """Steps are useful, data is waiting, the rest (start, saves) is lost.
@@ -52,16 +62,23 @@ class Clock:
         )
 
 
-def train_stage(config: StageConfig, run: RunFolder, stage: StageFolder, attempt: int) -> int:
-    """Run one stage to its end on this rank.
+def train_stage(
+    config: StageConfig,
+    run: RunFolder,
+    stage: StageFolder,
+    attempt: int,
+    stop: StopRequest | None = None,
+) -> Status:
+    """Run one stage on this rank, to its end or until it is asked to stop.
 
     Args:
         config: the resolved stage.
         run, stage: where everything is written.
         attempt: number of this attempt, from 1.
+        stop: where requests to stop arrive; None when nobody asks.
 
     Returns:
-        0. Everything else is raised.
+        The status of the receipt: done or incomplete. Everything else is raised.
     """
     clock, started = Clock(), now()
     if config.train.threads:
@@ -70,12 +87,15 @@ def train_stage(config: StageConfig, run: RunFolder, stage: StageFolder, attempt
     try:
         groups = process_groups.create(config.parallel, config.train.seed)
         start = start_stage(config, run, stage, groups)
-        loop = Loop(config, run, stage, start, clock)
-        loop.run(attempt)
-        loop.finish(attempt, started)
+        loop = Loop(config, run, stage, start, clock, stop)
+        asked = loop.run(attempt)
+        if asked is Stop.none:
+            loop.finish(attempt, started)
+        else:
+            loop.leave(attempt, started, asked)
     finally:
         process_groups.leave_world()
-    return 0
+    return "done" if asked is Stop.none else "incomplete"
 
 
 class Loop:
@@ -88,6 +108,7 @@ class Loop:
         stage: StageFolder,
         start: Start,
         clock: Clock,
+        stop: StopRequest | None = None,
     ) -> None:
         self.config = config
         self.run_folder = run
@@ -95,32 +116,54 @@ class Loop:
         self.start = start
         self.trainee = start.trainee
         self.clock = clock
+        self.stop = stop or StopRequest()
+        self.save_seconds: float | None = longest_save(run, stage)
+        self.step_seconds = 0.0
         self.step = start.step
         self.last_result: StepResult | None = None
         self.evaluations: dict[str, float] = {}
         self.speaks = torch.distributed.get_rank() == 0
         self.meters = Meters(stage, config.train.steps, self.speaks)
-        groups = self.trainee.groups
-        self.loader = PackLoader(
+        self.timers = ScheduleTimers()
+        self.trainee.module.config.timers = self.timers
+        self.saves_told = 0.0
+        self.drift = DriftMeter(config, self.trainee)
+        self.loader = TrainingData(
             config,
-            split="train",
-            rank=groups.dp.rank(),
-            size=groups.dp.size(),
+            stage,
+            self.trainee.groups,
+            step=start.step,
             cursor=start.data_cursor,
+            say=self.meters.say,
         )
         self.trainable_names = {part.value for part in config.train.trainable}
 
-    def run(self, attempt: int) -> None:
-        """Train to the last step, evaluating (before the first step too) and saving on the way."""
+    def run(self, attempt: int) -> Stop:
+        """Train to the last step, evaluating (before the first step too) and saving on the way.
+
+        Returns:
+            Stop.none at the end; otherwise what the ranks were asked, all of them at this step.
+        """
         self._say_what_learns()
         if self.step == 0:
             self._evaluate()
         while self.step < self.config.train.steps:
+            asked = self._agreed()
+            if asked is not Stop.none:
+                return asked
             self._one_step()
             if self._due(self.config.evaluation.every):
                 self._evaluate()
             if self._due(self.config.checkpoint.every):
                 self._save(optimizer=True, attempt=attempt)
+        return Stop.none
+
+    def _agreed(self) -> Stop:
+        """What any rank has been asked, the same answer on all of them."""
+        seen = self.stop.look(self.save_seconds, self.step_seconds)
+        largest = torch.tensor(int(seen), device=PLATFORM.device)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return Stop(int(largest))
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0 and self.step < self.config.train.steps
@@ -138,13 +181,21 @@ class Loop:
         counts = count(packs, self.trainee, self._flops(packs))
         loaded = time.perf_counter()
         rate = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
-        result = train_step(packs, counts, self.trainee, self.config, rate)
+        self.timers.restart()
+        with self.drift.watching(self.step + 1):
+            result = train_step(packs, counts, self.trainee, self.config, rate)
         self.step += 1
+        self.loader.used(self.step)
         ended = time.perf_counter()
         self.clock.waiting += loaded - began
         self.clock.useful += ended - loaded
         self.last_result = result
         seconds = ended - began
+        self.step_seconds = max(seconds, 0.9 * self.step_seconds)
+        rank_tflops, rank_hardware = (
+            flops / seconds / 1e12 / torch.distributed.get_world_size()
+            for flops in (counts.flops, counts.hardware_flops)
+        )
         self.meters.step(
             StepMetrics(
                 step=self.step,
@@ -154,26 +205,52 @@ class Loop:
                 tokens=counts.tokens,
                 samples=counts.samples,
                 tokens_per_s=counts.tokens / seconds,
-                tflops=counts.flops / seconds / 1e12 / torch.distributed.get_world_size(),
-                # Utilisation needs a declared peak, which a site states; none is guessed here.
-                mfu=None,
+                tflops=rank_tflops,
+                mfu=utilisation(rank_tflops, self.config.train.peak_tflops),
+                hfu=utilisation(rank_hardware, self.config.train.peak_tflops),
                 seconds=seconds,
+                data_wait_s=loaded - began,
+                save_stall_s=self.clock.saving - self.saves_told,
+                bubble=self._bubble(),
             )
         )
+        self.saves_told = self.clock.saving
+        self._tell_drift()
 
-    def _flops(self, packs: list[Pack]) -> float:
-        """Model FLOPs of a training step on this rank's packs."""
-        return math.fsum(
-            pack_flops(
-                self.config.model,
-                document_lengths=pack.cu_seqlens.diff().tolist(),
-                padded_length=pack.tokens_L.shape[0],
-                num_tiles=pack.tiles_TCHW.shape[0],
-                tile_size=self.config.data.tile_size,
-                trainable=self.trainable_names,
-            ).total
-            for pack in packs
-        )
+    def _bubble(self) -> float | None:
+        """Of the step's pipeline schedule, over all ranks; None without a pipeline."""
+        if self.trainee.groups.pp.size() == 1:
+            return None
+        world = torch.distributed.group.WORLD
+        assert world is not None
+        return bubble(*sum_over_ranks([*self.timers.take()], world))
+
+    def _tell_drift(self) -> None:
+        report = self.drift.report(self.step)
+        if report is not None and self.speaks:
+            append_metrics(self.stage.metrics_path, report.record())
+            self.meters.say(report.spoken(self.config.fp8.keep_bf16))
+
+    def _flops(self, packs: list[Pack]) -> PackFlops:
+        """FLOPs of a step on this rank's packs; padding counts as run, not as asked for."""
+        config = self.config
+        recomputed = recomputed_layers(config.model, config.parallel, config.recompute)
+        total = PackFlops()
+        for pack in packs:
+            useful, run = (
+                pack_flops(
+                    config.model,
+                    document_lengths=pack.document_lengths,
+                    padded_length=length,
+                    grids=pack.grids,
+                    trainable=self.trainable_names,
+                    recomputed=recomputed,
+                )
+                for length in (sum(pack.document_lengths), pack.tokens_L.shape[0])
+            )
+            beyond = run.hardware - useful.total
+            total += PackFlops(useful.forward, useful.backward, beyond)
+        return total
 
     def _evaluate(self) -> None:
         """Held-out loss over the first batches of the stage's own blend, the same every time."""
@@ -192,9 +269,10 @@ class Loop:
                 weight += counts.weight
         finally:
             loader.close()
+        seconds = time.perf_counter() - began
         self.evaluations["val"] = total / weight
-        self.meters.evaluation("val", self.step, total / weight)
-        self.clock.useful += time.perf_counter() - began
+        self.meters.evaluation("val", self.step, total / weight, seconds)
+        self.clock.useful += seconds
 
     def _save(self, *, optimizer: bool, attempt: int) -> Path:
         """Save and journal; returns the checkpoint's folder."""
@@ -208,10 +286,14 @@ class Loop:
             trainable=sorted(self.trainable_names),
             parent=self.start.parent.digest if self.start.parent else "",
         )
+        self.stage.require_current(attempt)
         save(folder, self.trainee, state)
+        self.loader.saved(self.step)
+        seconds = time.perf_counter() - began
+        self.save_seconds = max(seconds, self.save_seconds or 0.0)
+        self.clock.saving += seconds
         if not self.speaks:
             return folder
-        seconds = time.perf_counter() - began
         self.meters.say(f"saved {folder.name} in {seconds:.1f} s")
         self.run_folder.journal.append(
             "saved", stage=self.stage.name, attempt=attempt, step=self.step, seconds=seconds
@@ -222,24 +304,46 @@ class Loop:
         """Evaluate, save, and write the receipt: in this order, the receipt last."""
         self._evaluate()
         folder = self._save(optimizer=self.config.checkpoint.optimizer, attempt=attempt)
-        self.loader.close()
-        self.meters.close()
+        self._close()
         if not self.speaks:
             return
+        saved = CheckpointRef(
+            path=str(folder.relative_to(self.stage.path)), digest=checkpoint_digest(folder)
+        )
+        self._write_receipt(attempt, started, "done", f"all {self.step} steps ran", saved)
+
+    def leave(self, attempt: int, started: str, asked: Stop) -> None:
+        """Save what the stage has learned since its last save, and write an incomplete receipt."""
+        if self.step > self.start.step:
+            self._save(optimizer=True, attempt=attempt)
+        self._close()
+        if self.speaks:
+            reason = f"{asked.words}; stopped after step {self.step} of {self.config.train.steps}"
+            self._write_receipt(attempt, started, "incomplete", reason, None)
+
+    def _close(self) -> None:
+        self.loader.close()
+        self.meters.close()
+
+    def _write_receipt(
+        self, attempt: int, started: str, status: Status, reason: str, saved: CheckpointRef | None
+    ) -> None:
         metrics: dict[str, object] = {f"eval/{k}": v for k, v in self.evaluations.items()}
+        metrics["goodput"] = round(goodput(self.run_folder, self.stage, started), 4)
+        metrics["save_stall_s"] = round(self.clock.saving, 3)
         if self.last_result is not None:
             metrics |= {"loss": self.last_result.loss, "grad_norm": self.last_result.grad_norm}
+        metrics |= self.loader.facts()
+        self.stage.require_current(attempt)
         self.stage.write_receipt(
             Receipt(
                 run=self.run_folder.name,
                 stage=self.stage.name,
-                status="done",
-                reason=f"all {self.step} steps ran",
+                status=status,
+                reason=reason,
                 step=self.step,
                 attempts=attempt,
-                checkpoint=CheckpointRef(
-                    path=str(folder.relative_to(self.stage.path)), digest=checkpoint_digest(folder)
-                ),
+                checkpoint=saved,
                 parent=self.start.parent,
                 config_hash=config_hash(self.config),
                 data_cursor=self.loader.cursor,
@@ -251,3 +355,13 @@ class Loop:
                 ended=now(),
             )
         )
+
+
+def longest_save(run: RunFolder, stage: StageFolder) -> float | None:
+    """The longest save that earlier attempts at the stage measured; None when they made none."""
+    seconds = [
+        event["seconds"]
+        for event in run.journal.read()
+        if event["event"] == "saved" and event["stage"] == stage.name
+    ]
+    return max(seconds, default=None)

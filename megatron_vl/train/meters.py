@@ -28,7 +28,16 @@ class StepMetrics:
     tokens_per_s: float
     tflops: float
     mfu: float | None
+    hfu: float | None
     seconds: float
+    data_wait_s: float
+    save_stall_s: float
+    bubble: float | None
+
+
+def utilisation(tflops: float, peak_tflops: float) -> float | None:
+    """Share of a rank's peak; None where no peak is declared. Both in TFLOP/s of one rank."""
+    return tflops / peak_tflops if peak_tflops > 0 else None
 
 
 class Meters:
@@ -54,8 +63,9 @@ class Meters:
         if self._board is None:
             return
         append_metrics(self.stage.metrics_path, asdict(metrics))
-        for name in ("loss", "lr", "grad_norm", "tokens_per_s", "tflops"):
-            self._board.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
+        for name, value in asdict(metrics).items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(f"train/{name}", value, metrics.step)
         last = metrics.step == self.steps
         if last or self._elapsed - self._last_line >= PROGRESS_INTERVAL:
             self._last_line = self._elapsed
@@ -65,11 +75,12 @@ class Meters:
                 f"{metrics.tokens_per_s:,.0f} tokens/s  {metrics.seconds:.2f} s/step"
             )
 
-    def evaluation(self, name: str, step: int, loss: float) -> None:
-        """Record a held-out loss."""
+    def evaluation(self, name: str, step: int, loss: float, seconds: float) -> None:
+        """Record a held-out loss and how long it took."""
         if self._board is None:
             return
-        append_metrics(self.stage.metrics_path, {"eval": name, "step": step, "loss": loss})
+        record = {"eval": name, "step": step, "loss": loss, "seconds": seconds}
+        append_metrics(self.stage.metrics_path, record)
         self._board.add_scalar(f"eval/{name}", loss, step)
         self.say(f"step {step}/{self.steps}  held-out loss ({name}) {loss:.4f}")
 

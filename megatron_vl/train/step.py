@@ -1,7 +1,7 @@
 """One optimizer step over one global batch, and the held-out loss of one: the same forward pass.
 
 Every rank of a data-parallel replica reads the same packs; the first pipeline stage uses tokens and
-tiles, the last labels and weights.
+pictures, the last labels and weights, and of those each context rank its own shard.
 """
 
 import math
@@ -15,9 +15,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_vl.config.schema import StageConfig
+from megatron_vl.cost.flops import PackFlops
 from megatron_vl.data.pack import Pack
 from megatron_vl.engine.packed import packed_sequence
 from megatron_vl.engine.platform import PLATFORM
+from megatron_vl.model.visual import visual_input
 from megatron_vl.train.build import Trainee
 from megatron_vl.train.loss import sum_over_ranks, undo_averaging, weighted_sum
 
@@ -30,8 +32,9 @@ class BatchCounts:
         weight: sum over assistant turns of sqrt(supervised tokens).
         tokens: tokens, padding not counted.
         samples: documents.
-        tiles: image tiles.
+        tiles: tiles, frames and images the encoder sees.
         flops: model FLOPs of a training step on it (0 where not asked for).
+        hardware_flops: everything that runs for it, recompute included.
     """
 
     weight: float
@@ -39,6 +42,7 @@ class BatchCounts:
     samples: int
     tiles: int
     flops: float
+    hardware_flops: float
 
 
 @dataclass(frozen=True)
@@ -53,36 +57,49 @@ class NonFiniteLossError(RuntimeError):
     """The loss of a step is NaN or infinite; the weights have not been updated with it."""
 
 
-def count(packs: list[Pack], trainee: Trainee, flops: float = 0.0) -> BatchCounts:
-    """Add up the packs of one global batch over the data-parallel ranks."""
+def count(packs: list[Pack], trainee: Trainee, flops: PackFlops | None = None) -> BatchCounts:
+    """Add up the packs of one global batch, and their FLOPs, over the data-parallel ranks."""
+    flops = flops or PackFlops()
     totals = sum_over_ranks(
         [
             sum(pack.weight_total for pack in packs),
             sum(pack.num_tokens for pack in packs),
             sum(len(pack.sample_keys) for pack in packs),
-            sum(pack.tiles_TCHW.shape[0] for pack in packs),
-            flops,
+            sum(len(pack.grids) for pack in packs),
+            flops.total,
+            flops.hardware,
         ],
         trainee.groups.dp,
     )
-    weight, tokens, samples, tiles, all_flops = totals
-    return BatchCounts(weight, round(tokens), round(samples), round(tiles), all_flops)
+    weight, tokens, samples, tiles, *all_flops = totals
+    return BatchCounts(weight, round(tokens), round(samples), round(tiles), *all_flops)
 
 
 def _forward(
-    packs: Iterator[Pack], model: nn.Module, *, scale: float
+    packs: Iterator[Pack], model: nn.Module, *, trainee: Trainee, scale: float
 ) -> tuple[Tensor, partial[tuple[Tensor, Tensor]]]:
     """megatron-core's forward-step protocol: the stage's output, and how to turn it into a loss."""
-    pack = next(packs)
-    device = PLATFORM.device
+    pack, device = next(packs), PLATFORM.device
+    context = {
+        "context_size": trainee.groups.cp.size(),
+        "context_rank": trainee.groups.cp.rank(),
+    }
+    documents = packed_sequence(
+        pack.document_ids_L,
+        pack.cu_seqlens,
+        pack.max_document_length,
+        device,
+        padding=pack.document_lengths[-1] == 0,
+        **context,
+    )
+    labels_L = documents.local(pack.labels_L.to(device, non_blocking=True))
+    weights_L = documents.local(pack.loss_weights_L.to(device, non_blocking=True))
     output = model(
         pack.tokens_L.to(device, non_blocking=True).unsqueeze(0),
-        pack.tiles_TCHW.to(device, non_blocking=True),
-        pack.visual_positions_V.to(device, non_blocking=True),
-        packed_sequence(pack.document_ids_L, pack.cu_seqlens, pack.max_document_length, device),
-        labels_BL=pack.labels_L.to(device, non_blocking=True).unsqueeze(0),
+        visual_input(pack, device, **context) if trainee.module.pre_process else None,
+        documents,
+        labels_BL=labels_L.unsqueeze(0),
     )
-    weights_L = pack.loss_weights_L.to(device, non_blocking=True)
     return output, partial(_loss, weights_L=weights_L, scale=scale)
 
 
@@ -107,7 +124,7 @@ def run_batch(
     assert counts.weight > 0, "a global batch without a supervised token"
     scale = undo_averaging(len(packs), trainee.groups.dp.size()) / counts.weight
     results = get_forward_backward_func()(
-        forward_step_func=partial(_forward, scale=scale),
+        forward_step_func=partial(_forward, trainee=trainee, scale=scale),
         data_iterator=iter(packs),
         model=[trainee.wrapped],
         num_microbatches=len(packs),
@@ -119,11 +136,11 @@ def run_batch(
 
 
 def _global_loss(micro_losses: list[Tensor], trainee: Trainee) -> float:
-    """Sum of the micro-batches' losses over data-parallel ranks, told to all pipeline stages."""
+    """Sum of the micro-batches' losses over data and context ranks, told to all pipeline stages."""
     total = torch.zeros((), dtype=torch.float64, device=PLATFORM.device)
     if micro_losses:
         total += torch.stack(micro_losses).double().sum()
-    torch.distributed.all_reduce(total, group=trainee.groups.dp)
+    torch.distributed.all_reduce(total, group=trainee.groups.dp_cp)
     torch.distributed.all_reduce(total, group=trainee.groups.pp)
     return float(total)
 
@@ -159,6 +176,8 @@ def train_step(
     updated, grad_norm, _ = trainee.optimizer.step()
     if not updated:
         raise NonFiniteLossError("the optimizer skipped the step: a gradient is not finite")
+    if trainee.fp8 is not None:
+        trainee.fp8.advance()
     return StepResult(loss=loss, grad_norm=float(grad_norm))
 
 

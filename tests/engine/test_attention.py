@@ -1,16 +1,21 @@
 """The torch core attention against a softmax written out in float64."""
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.engine.packed import PackedSequence, packed_sequence
 from megatron_vl.engine.torch_layers import CoreAttention
 from megatron_vl.engine.transformer_configs import decoder_config
+from megatron_vl.kernels.attention import QUERY_BLOCK, attend_segments
+from megatron_vl.sequence.shards import causal_segments, shard, unshard
 
 LENGTHS = (5, 1, 33, 17)
 HEADS, WIDTH = 4, 16
@@ -104,8 +109,76 @@ def test_a_document_does_not_see_its_neighbours(config: StageConfig, causal: boo
         assert torch.equal(one, other) == (number != 2), number
 
 
-def test_context_parallelism_is_refused(config: StageConfig) -> None:
-    built = decoder_config(config.model, config.parallel, config.precision)
-    built.context_parallel_size = 2
-    with pytest.raises(ValueError, match=r"use parallel\.context=1"):
-        CoreAttention(built, 1, AttnMaskType.causal, "self")
+def test_padding_is_not_attended(config: StageConfig) -> None:
+    """Zeros for the last document, the same bits for the others."""
+    sizes = torch.tensor(LENGTHS)
+    ids = torch.repeat_interleave(torch.arange(len(LENGTHS), dtype=torch.int32), sizes)
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).int()
+    skipped = packed_sequence(ids, ends, max(LENGTHS), torch.device("cpu"), padding=True)
+    attention = core(config, causal=True)
+    whole = attention(*draw(2), None, packed_seq_params=pack_of(LENGTHS)).split(LENGTHS)
+    ours = attention(*draw(2), None, packed_seq_params=skipped).split(LENGTHS)
+    assert float(ours[-1].abs().max()) == 0
+    for one, other in zip(ours[:-1], whole[:-1], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_shards_of_context_ranks_make_the_whole(size: int) -> None:
+    """Every rank's segments against keys of the pack, brought together in the pack's order."""
+    lengths = [2 * size * chunk for chunk in (1, 7, 200, 3)]
+    boundaries = [0, *itertools.accumulate(lengths)]
+    generator = torch.Generator().manual_seed(33)
+    query, key, value = (
+        torch.randn(boundaries[-1], heads, WIDTH, generator=generator) for heads in (HEADS, 2, 2)
+    )
+    results = []
+    for rank in range(size):
+        segments = causal_segments(boundaries, size, rank, padding=False)
+        places = torch.from_numpy(shard(boundaries, size, rank))
+        results.append(
+            attend_segments(
+                query[places], key, value, boundaries, segments, causal=True, scale=None
+            )
+        )
+    ours = torch.cat(results)[torch.from_numpy(unshard(boundaries, size))].flatten(1)
+    documents = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
+    for result, document in zip(ours.split(lengths), documents, strict=True):
+        assert relative(result, written_out(*document, True, WIDTH**-0.5)) < BOUND
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_nothing_quadratic_is_made(size: int) -> None:
+    """One document of 4,096 tokens: no tensor larger than a mask of QUERY_BLOCK rows."""
+    length = 4096
+    heads, width = 2, 8
+    boundaries = (0, length)
+    generator = torch.Generator().manual_seed(34)
+    tensors = [
+        torch.randn(count, heads, width, generator=generator).requires_grad_()
+        for count in (length // size, length, length)
+    ]
+    segments = causal_segments(boundaries, size, 0, padding=False)
+    with Largest() as largest:
+        result = attend_segments(*tensors, boundaries, segments, causal=True, scale=None)
+        result.sum().backward()
+    bound = length * heads * width if size == 1 else QUERY_BLOCK * length
+    assert 0 < largest.numbers <= bound
+    assert bound < length**2 // size

@@ -40,9 +40,14 @@ NAMES = {
         "megatron.core.ssm.mamba_context_parallel:MambaContextParallel.get_conv1d_bias",
         "megatron.core.ssm.mamba_context_parallel:MambaContextParallel.get_conv1d_weight",
         "megatron.core.ssm.mamba_context_parallel:MambaContextParallel.get_dt_bias",
-        "megatron.core.ssm.mamba_context_parallel:MambaContextParallel.post_conv_ssm",
         "megatron.core.ssm.mamba_block:MambaStack",
         "megatron.core.ssm.mamba_block:MambaStackSubmodules",
+    ],
+    "context_parallel.py": [
+        "megatron.core.ssm.mamba_context_parallel:MambaContextParallel.pre_conv_ssm",
+        "megatron.core.ssm.mamba_context_parallel:MambaContextParallel.post_conv_ssm",
+        "megatron.core.tensor_parallel.mappings:all_to_all",
+        "megatron.core.tensor_parallel.mappings:gather_from_sequence_parallel_region",
     ],
     "optimizer_state.py": [
         "megatron.core.optimizer:ChainedOptimizer",
@@ -57,6 +62,13 @@ NAMES = {
         "megatron.core.process_groups_config:ProcessGroupCollection.use_mpu_process_groups",
         "megatron.core.tensor_parallel.random:model_parallel_cuda_manual_seed",
     ],
+    "recompute.py": [
+        "megatron.core.ssm.mamba_layer:MambaLayer.forward",
+        "megatron.core.ssm.mlp_layer:MLPLayer",
+        "megatron.core.transformer.transformer_layer:TransformerLayer._forward_attention",
+        "megatron.core.tensor_parallel.random:get_cuda_rng_tracker",
+        "megatron.core.extensions.transformer_engine:te_checkpoint",
+    ],
     "sharding.py": [
         "megatron.core.dist_checkpointing.dict_utils:nested_values",
         "megatron.core.dist_checkpointing.mapping:apply_factories",
@@ -67,8 +79,34 @@ NAMES = {
     "meta.py": ["torch.testing._internal.distributed.fake_pg:FakeStore"],
 }
 PARAMETERS = {
+    "megatron.core.ssm.mamba_layer:MambaLayer.forward": ["self", "hidden_states"],
+    "megatron.core.transformer.transformer_layer:TransformerLayer._forward_attention": [
+        "self",
+        "hidden_states",
+    ],
+    "megatron.core.extensions.transformer_engine:te_checkpoint": [
+        "forward_func",
+        "distribute_saved_activations",
+        "get_rng_state_tracker",
+        "tp_group",
+    ],
     "megatron.core.ssm.mamba_mixer:MambaMixer._ssm_training": ["self", "zxBCdt"],
-    "megatron.core.ssm.mamba_context_parallel:MambaContextParallel.post_conv_ssm": ["self"],
+    "megatron.core.ssm.mamba_context_parallel:MambaContextParallel.pre_conv_ssm": [
+        "self",
+        "input_",
+        "packed_seq_params",
+    ],
+    "megatron.core.ssm.mamba_context_parallel:MambaContextParallel.post_conv_ssm": [
+        "self",
+        "input_",
+        "packed_seq_params",
+    ],
+    "megatron.core.tensor_parallel.mappings:all_to_all": ["group", "input_"],
+    "megatron.core.tensor_parallel.mappings:gather_from_sequence_parallel_region": [
+        "input_",
+        "tensor_parallel_output_grad",
+        "group",
+    ],
     "megatron.core.tensor_parallel.random:_get_cuda_rng_state": ["device", "clone", "graph_safe"],
     "megatron.core.tensor_parallel.random:_set_cuda_rng_state": ["state"],
     "megatron.core.tensor_parallel.layers:set_tensor_model_parallel_attributes": [
@@ -141,6 +179,12 @@ def test_fields_that_specs_fill_exist() -> None:
         field.name for field in dataclasses.fields(submodules)
     }
     packed = find("megatron.core.packed_seq_params:PackedSeqParams", "packed.py")
-    assert {"qkv_format", "cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv"} <= {
-        field.name for field in dataclasses.fields(packed)
-    }
+    assert {
+        "qkv_format",
+        "cu_seqlens_q",
+        "cu_seqlens_kv",
+        "cu_seqlens_q_padded",
+        "cu_seqlens_kv_padded",
+        "max_seqlen_q",
+        "max_seqlen_kv",
+    } <= {field.name for field in dataclasses.fields(packed)}

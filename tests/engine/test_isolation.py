@@ -1,54 +1,38 @@
 """A changed token or pixel of one document never changes another: bitwise, in float32."""
 
-from dataclasses import dataclass, replace
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from megatron_vl.config.schema import StageConfig
+from megatron_vl.data.pack import Pack
 from megatron_vl.engine.hybrid_stack import PackedMambaMixer
 from megatron_vl.model.vlm import VisionLanguageModel
+from megatron_vl.sequence.layout import Document
 from tests.engine.test_attention import pack_of
+from tests.support.packs import pack_of_documents, picture_documents, run_pack
 
 # Boundaries inside and on chunk borders (64), a document shorter than the convolution, padding.
 LENGTHS = (70, 58, 2, 90, 36)
 TILES_OF_DOCUMENT = (2, 1, 0, 1, 0)
-PER_TILE = 16
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A pack: tokens (L), tiles (T, 3, S, S), where visual embeddings go (V)."""
-
-    tokens_L: Tensor
-    tiles_TCHW: Tensor
-    positions_V: Tensor
+Drawn = tuple[list[Document], list[Tensor]]
 
 
 @pytest.fixture(scope="module")
 def drawn(config: StageConfig) -> Drawn:
+    """Documents, and the tiles of those that have any."""
     generator = torch.Generator().manual_seed(41)
-    edge = config.data.tile_size
-    positions, start = [], 0
-    for length, tiles in zip(LENGTHS, TILES_OF_DOCUMENT, strict=True):
-        positions.append(torch.arange(start + 3, start + 3 + tiles * PER_TILE))
-        start += length
-    return Drawn(
-        torch.randint(0, config.model.vocab_size, (sum(LENGTHS),), generator=generator),
-        torch.randint(
-            0, 256, (sum(TILES_OF_DOCUMENT), 3, edge, edge), dtype=torch.uint8, generator=generator
-        ),
-        torch.cat(positions),
-    )
+    return picture_documents(config, LENGTHS, TILES_OF_DOCUMENT, generator)
 
 
-def logits(model: VisionLanguageModel, drawn: Drawn) -> list[Tensor]:
+@pytest.fixture(scope="module")
+def pack(config: StageConfig, drawn: Drawn) -> Pack:
+    return pack_of_documents(config, *drawn)
+
+
+def logits(model: VisionLanguageModel, pack: Pack) -> list[Tensor]:
     with torch.no_grad():
-        whole = model(
-            drawn.tokens_L.unsqueeze(0), drawn.tiles_TCHW, drawn.positions_V, pack_of(LENGTHS)
-        )
-    return list(whole[0].split(LENGTHS))
+        return list(run_pack(model, pack).split(LENGTHS))
 
 
 def changed_documents(before: list[Tensor], after: list[Tensor]) -> list[int]:
@@ -61,15 +45,16 @@ def changed_documents(before: list[Tensor], after: list[Tensor]) -> list[int]:
 
 @pytest.mark.parametrize("document", range(len(LENGTHS)))
 def test_a_token_changes_its_own_document_alone(
-    model: VisionLanguageModel, config: StageConfig, drawn: Drawn, document: int
+    model: VisionLanguageModel, config: StageConfig, pack: Pack, document: int
 ) -> None:
     """The first and the last token of the document, the ones beside its neighbours."""
-    before = logits(model, drawn)
+    before = logits(model, pack)
     start = sum(LENGTHS[:document])
     for position in (start, start + LENGTHS[document] - 1):
-        tokens = drawn.tokens_L.clone()
-        tokens[position] = (tokens[position] + 1) % config.model.vocab_size
-        after = logits(model, replace(drawn, tokens_L=tokens))
+        old = int(pack.tokens_L[position])
+        pack.tokens_L[position] = (old + 1) % config.model.vocab_size
+        after = logits(model, pack)
+        pack.tokens_L[position] = old
         assert changed_documents(before, after) == [document]
         inside = position - start
         assert torch.equal(before[document][:inside], after[document][:inside])
@@ -77,26 +62,27 @@ def test_a_token_changes_its_own_document_alone(
 
 @pytest.mark.parametrize("tile", range(sum(TILES_OF_DOCUMENT)))
 def test_a_pixel_changes_its_own_document_alone(
-    model: VisionLanguageModel, drawn: Drawn, tile: int
+    model: VisionLanguageModel, pack: Pack, tile: int
 ) -> None:
     owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(TILES_OF_DOCUMENT))
-    tiles = drawn.tiles_TCHW.clone()
-    tiles[tile, 1, 17, 40] = 255 - tiles[tile, 1, 17, 40]
-    after = logits(model, replace(drawn, tiles_TCHW=tiles))
-    assert changed_documents(logits(model, drawn), after) == [int(owner[tile])]
+    before = logits(model, pack)
+    patch = tile * pack.grids[0].patches + 21
+    old = int(pack.patches_PF[patch, 77])
+    pack.patches_PF[patch, 77] = 255 - old
+    after = logits(model, pack)
+    pack.patches_PF[patch, 77] = old
+    assert changed_documents(before, after) == [int(owner[tile])]
 
 
 def test_a_document_alone_gives_what_it_gives_in_a_pack(
-    model: VisionLanguageModel, drawn: Drawn
+    model: VisionLanguageModel, config: StageConfig, drawn: Drawn, pack: Pack
 ) -> None:
     """To rounding: chunks of the scan fall elsewhere."""
-    packed = logits(model, drawn)
-    tokens = drawn.tokens_L[70:128]
+    documents, tiles = drawn
+    packed = logits(model, pack)
     with torch.no_grad():
-        alone = model(
-            tokens.unsqueeze(0), drawn.tiles_TCHW[2:3], torch.arange(3, 19), pack_of((58,))
-        )
-    assert float((alone[0] - packed[1]).norm() / packed[1].norm()) < 2e-6
+        alone = run_pack(model, pack_of_documents(config, documents[1:2], tiles[1:2]))
+    assert float((alone - packed[1]).norm() / packed[1].norm()) < 2e-6
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,11 @@ from megatron_vl.engine import layer_specs
 from megatron_vl.engine.hybrid_stack import HybridStack, PackedMambaMixer
 from megatron_vl.engine.layer_specs import Blocks
 from megatron_vl.engine.platform import PLATFORM
+from megatron_vl.engine.recompute import (
+    RecomputableMambaLayer,
+    RecomputableMLPLayer,
+    RecomputableTransformerLayer,
+)
 from megatron_vl.model.vlm import VisionLanguageModel
 from tests.model.test_sizes import NAMES, NANO_12B
 from tests.support.one_rank import one_rank
@@ -48,7 +53,8 @@ def slots(spec: Any, path: str = "") -> dict[str, Any]:
 
 
 def test_decoder_slots_are_megatron_cores(published: Any, theirs: Blocks) -> None:
-    """But for what this project replaces on purpose: the stack, the mixer, the final norm."""
+    """But for what this project replaces on purpose: the stack, the mixer, the final norm, and
+    layers that can recompute."""
     ours = slots(layer_specs.hybrid_decoder_spec(theirs, 256))
     core = {
         slot: module
@@ -57,7 +63,10 @@ def test_decoder_slots_are_megatron_cores(published: Any, theirs: Blocks) -> Non
     }
     own = {
         "": HybridStack,
+        "mamba_layer": RecomputableMambaLayer,
         "mamba_layer.mixer": PackedMambaMixer,
+        "attention_layer": RecomputableTransformerLayer,
+        "mlp_layer": RecomputableMLPLayer,
         "mamba_layer.mixer(chunk_size)": 256,
         "final_norm": theirs.norm,
     }
@@ -75,6 +84,8 @@ def test_encoder_layer_slots_are_megatron_cores_vit(theirs: Blocks) -> None:
     vit = importlib.import_module("megatron.core.models.vision.vit_layer_specs")
     core = slots(vit.get_vit_layer_with_transformer_engine_spec())
     ours = slots(layer_specs.encoder_layer_spec(theirs))
+    assert ours.pop("") is RecomputableTransformerLayer
+    assert issubclass(RecomputableTransformerLayer, core.pop(""))
     assert ours == core
 
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_vl.data.loader import encode_prompt, load_tokenizer
+from megatron_vl.data.encode import encode_prompt, load_tokenizer
+from megatron_vl.data.pack import Pack
 from megatron_vl.infer.generate import Question, answer, asked, held_out
 from megatron_vl.infer.model import OpenModel, open_model
+from tests.support.packs import pack_of_documents, run_pack, text_document
 
 pytestmark = pytest.mark.distributed
 
@@ -25,7 +27,7 @@ def model(small_run: Path) -> Iterator[OpenModel]:
 
 def logits(model: OpenModel, question: Question) -> torch.Tensor:
     encoded = encode_prompt(model.config, question.messages, question.images, False)
-    return model.last_logits(*encoded)
+    return model.last_logits(encoded, [])
 
 
 def other_picture(data: bytes) -> bytes:
@@ -52,11 +54,15 @@ def test_an_answer_is_the_same_every_time(model: OpenModel) -> None:
 def test_each_token_is_the_likeliest_after_those_before(model: OpenModel) -> None:
     """Against one forward pass over prompt and answer, read position by position."""
     question = asked("Count to five.", None)
-    tokens, tiles, positions = encode_prompt(model.config, question.messages, [], False)
-    chosen = []
+    prompt = encode_prompt(model.config, question.messages, [], False)
+    chosen: list[int] = []
     for _ in range(4):
-        chosen.append(int(model.last_logits(tokens, tiles, positions).argmax()))
-        tokens = torch.cat([tokens, torch.tensor(chosen[-1:])])
+        tokens = [*prompt.tokens_L.tolist(), *chosen]
+        with torch.no_grad():
+            whole = run_pack(
+                model.module, pack_of_documents(model.config, [text_document(tokens)], [])
+            )
+        chosen.append(int(whole[-1, : model.config.model.vocab_size].argmax()))
     tokenizer = load_tokenizer(model.config)
     assert tokenizer.end_of_turn_id not in chosen
     expected = tokenizer.decode(chosen, skip_special=True)
@@ -68,17 +74,17 @@ def test_an_answer_ends_where_the_sequence_does(
 ) -> None:
     """The last forward pass sees one token less than the stage's sequence length."""
     question = asked("Tell me everything.", None)
-    prompt = len(encode_prompt(model.config, question.messages, [], False)[0])
+    prompt_length = encode_prompt(model.config, question.messages, [], False).num_tokens
     lengths: list[int] = []
 
-    def never_ends(tokens: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        lengths.append(len(tokens))
+    def never_ends(prompt: Pack, new_tokens: list[int]) -> torch.Tensor:
+        lengths.append(prompt.num_tokens + len(new_tokens))
         return torch.nn.functional.one_hot(torch.tensor(65), model.config.model.vocab_size)
 
     short = OpenModel(model.module, model.config)
     object.__setattr__(short, "last_logits", never_ends)
     answer(short, question, reasoning=False, max_new_tokens=10_000)
-    assert lengths == list(range(prompt, model.config.data.sequence_length))
+    assert lengths == list(range(prompt_length, model.config.data.sequence_length))
 
 
 def test_an_answer_ends_at_the_end_of_the_turn(model: OpenModel) -> None:
@@ -109,9 +115,9 @@ def test_a_held_out_question_with_its_picture_is_answered(model: OpenModel) -> N
     assert len(question.images) == 1
     assert question.reference
     assert question.messages[-1]["role"] == "user"
-    _, tiles, positions = encode_prompt(model.config, question.messages, question.images, False)
-    assert len(tiles) >= 1
-    assert len(positions) == 16 * len(tiles)
+    prompt = encode_prompt(model.config, question.messages, question.images, False)
+    assert len(prompt.grids) >= 1
+    assert int((prompt.visual_rows_L >= 0).sum()) == 16 * len(prompt.grids)
     assert answer(model, question, reasoning=False, max_new_tokens=2)
     assert len({one.prompt for one in held_out(model, "qa", 3)}) > 1
 
@@ -128,6 +134,6 @@ def test_another_picture_gives_other_logits(model: OpenModel) -> None:
 
 def test_reasoning_asks_in_another_way(model: OpenModel) -> None:
     question = asked("Why?", None)
-    plain = encode_prompt(model.config, question.messages, [], False)[0].tolist()
-    thinking = encode_prompt(model.config, question.messages, [], True)[0].tolist()
+    plain = encode_prompt(model.config, question.messages, [], False).tokens_L.tolist()
+    thinking = encode_prompt(model.config, question.messages, [], True).tokens_L.tolist()
     assert plain != thinking

@@ -65,6 +65,16 @@ def test_uneven_pipeline_builds_every_layer(rank: int) -> None:
     assert hasattr(model, "vision_model") == (rank == 0)
 
 
+def test_the_published_long_context_layout_builds() -> None:
+    """TP8 x CP8: two of a tensor rank's 16 Mamba heads on a context rank, its one group on all."""
+    model = build(ParallelConfig(tensor=8, context=8, sequence=True), rank=23)
+    mixer = model.language_model.decoder.layers[0].mixer
+    assert mixer.cp.nheads_local_tpcp == 2
+    assert (mixer.cp.ngroups_local_tpcp, mixer.cp.group_repeat_count) == (1, 8)
+    assert mixer.cp.cp_rank == 2
+    assert model.vision_model.config.context_parallel_size == 1
+
+
 def test_a_split_that_loses_layers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"would build 60; set parallel\.first_stage_layers=14"):
         build(ParallelConfig(tensor=8, pipeline=4))

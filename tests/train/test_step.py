@@ -76,7 +76,7 @@ def test_a_batch_of_text_alone_trains(world: None, stage: MakeConfig, trainable:
     """Parts that see no picture get no gradient; a batch nobody learns from does not fail."""
     config = stage("stage1", "data.blend={text: 1, code: 1}", f"train.trainable=[{trainable}]")
     trainee = jobs.drawn(config)
-    assert all(len(pack.tiles_TCHW) == 0 for pack in batch(config))
+    assert all(not pack.grids for pack in batch(config))
     trained = jobs.steps(trainee, config, 0, 2)
     learns = "decoder" in trainable
     assert [norm > 0 for norm in trained.grad_norms] == [learns, learns]
