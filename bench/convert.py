@@ -4,8 +4,8 @@
     python bench/convert.py --sizes 0.1 1 6  # needs three times the largest size on disk
 
 Random bfloat16 weights of one width and growing depth. Conversions and copies take turns, the best
-of three counts; each conversion runs in a fresh process, whose start is not timed and whose anonymous
-resident memory (RssAnon) is sampled. Export compares the checkpoint with its receipt only on the
+of three counts; each conversion runs in a fresh process, whose start is not timed and whose
+anonymous resident memory (RssAnon) is sampled. Export compares the checkpoint with its receipt only on the
 second line: that reads and hashes every byte once more. Everything written is fsynced by both.
 """
 

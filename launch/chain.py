@@ -12,7 +12,6 @@ import dataclasses
 import os
 import platform
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,36 +19,24 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 from launch import exit_codes
+from launch.attempt import begin_attempt, write_own_receipt
 from launch.follow import Watcher, make_watcher
 from launch.local import GRACE_SECONDS, CommandBuilder, RankGroup, RankResult, rank_commands
 from launch.lock import RunLock, holder
 from launch.reasons import why
-from launch.submission import (
-    Selection,
-    check_data,
-    load_site,
-    open_recipe,
-    prepare,
-    run_folder,
-    select,
-)
 from launch.summary import print_summary
-from megatron_vl.config.load import config_hash, load_stage
-from megatron_vl.config.schema import StageConfig, WeightSource
+from megatron_vl.config.load import load_stage
+from megatron_vl.config.schema import StageConfig
 from megatron_vl.run.folder import (
     ParentError,
     RunError,
     RunFolder,
     StageFolder,
-    require_done_parent,
 )
-from megatron_vl.run.metrics import read_metrics
-from megatron_vl.run.receipt import Receipt, Status, now
-from megatron_vl.run.versions import versions
+from megatron_vl.run.receipt import Receipt, now
 
 
 class Cancelled(KeyboardInterrupt):
@@ -85,16 +72,7 @@ class Supervisor:
     def run_stage(self, stage: StageFolder) -> Receipt:
         """Make one attempt at one stage. Raises ParentError when it must not start."""
         config = load_stage(stage.config_path)
-        if needs_parent(config):
-            try:
-                require_done_parent(self.run, stage)
-            except ParentError as error:
-                self.run.journal.append(
-                    "gated", stage=stage.name, decision="hold", reason=str(error)
-                )
-                raise
-        attempt = stage.start_attempt()
-        shutil.copyfile(stage.config_path, stage.attempt_path(attempt) / "config.yaml")
+        attempt = begin_attempt(self.run, stage, config)
         commands = self.build_commands(self.run, stage, config, attempt)
         self.watcher.say(_opening(stage, config, attempt, len(commands)))
         self.watcher.begin(stage, attempt)
@@ -125,8 +103,9 @@ class Supervisor:
             if receipt is None:
                 status, reason = why(stage, attempt, result, trouble)
                 lost = time.monotonic() - clock
-                receipt = _own_receipt(self.run, stage, config, status, reason, started, lost)
-                stage.write_receipt(receipt)
+                receipt = write_own_receipt(
+                    self.run, stage, config, status, reason, started=started, lost=lost
+                )
             self.run.journal.append(
                 "ended", stage=stage.name, attempt=attempt, status=receipt.status, step=receipt.step
             )
@@ -149,33 +128,15 @@ class Supervisor:
             )
 
 
-def needs_parent(config: StageConfig) -> bool:
-    """Whether a stage takes anything over from the one before it."""
-    carry = config.carry
-    return carry.weights is WeightSource.previous or carry.optimizer or carry.data_cursor
-
-
-def submit(args: Namespace) -> int:
-    """`mvl submit`: prepare the run folder, then run it here (--follow) or in the background."""
-    run = run_folder(args.run)
-    grace = float(load_site(args.site)["grace_seconds"])
-    selection = Selection(args.first, args.last, tuple(args.skip))
-    # Everything that can be refused is, before the run folder is made or locked.
-    _, stages, narrowed = open_recipe(Path(args.recipe), selection, args.overrides)
-    chosen = select([name for name, _, _ in stages], narrowed)
-    check_data(args.recipe, [config for name, _, config in stages if name in chosen])
-    lock = RunLock.take(run)
-    selected = prepare(Path(args.recipe), run, selection, args.site, args.overrides)
-    count = f"{len(selected)} of {len(stages)} stages"
-    print(f"{run.path}: {count}: {', '.join(selected)}", flush=True)
-    run.journal.append("submitted", stages=selected, site=args.site, follow=args.follow)
-    if args.follow:
-        return supervise(run, grace)
+def start(run: RunFolder, grace_seconds: float, lock: RunLock, *, follow: bool) -> int:
+    """Run what the plan selects: here, or in a process that outlives the terminal."""
+    if follow:
+        return supervise(run, grace_seconds)
     log = run.path / "supervisor.log"
     command = [sys.executable, "-m", "launch.cli", "supervise", str(run.path)]
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [*command, "--grace", str(grace), "--lock", str(lock.handle)],
+            [*command, "--grace", str(grace_seconds), "--lock", str(lock.handle)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -219,14 +180,12 @@ def _print_way_on(run: RunFolder) -> None:
         receipt = stage.receipt()
         if receipt is not None and not receipt.done:
             print(f"its log: mvl logs {shlex.quote(str(run.path))} {stage.name}")
-            print("to go on, from its last checkpoint if it has one: the same `mvl submit` again")
+            print(f"to go on from its last checkpoint: mvl resume {shlex.quote(str(run.path))}")
             return
 
 
-def cancel(args: Namespace) -> int:
-    """`mvl cancel`: ask the supervisor of a run to stop, and wait until it has."""
-    run = RunFolder(args.run)
-    run.plan()
+def stop(run: RunFolder) -> int:
+    """Ask the supervisor of a run to stop, and wait until it has."""
     found = holder(run)
     if found is None:
         print(f"{run.path}: nothing is running")
@@ -247,38 +206,6 @@ def _opening(stage: StageFolder, config: StageConfig, attempt: int, num_ranks: i
     parts = ", ".join(part.name for part in config.train.trainable)
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
     return f"{stage.name}: attempt {attempt}, {config.train.steps} steps on {ranks}, trains {parts}"
-
-
-def _own_receipt(
-    run: RunFolder,
-    stage: StageFolder,
-    config: StageConfig,
-    status: Status,
-    reason: str,
-    started: str,
-    lost: float,
-) -> Receipt:
-    """The receipt of an attempt whose trainer left none: no checkpoint, all its time lost."""
-    attempt = stage.last_attempt()
-    seconds = stage.seconds_before(attempt)
-    steps = [line["step"] for line in read_metrics(stage.metrics_path)]
-    return Receipt(
-        run=run.name,
-        stage=stage.name,
-        status=status,
-        reason=reason,
-        step=max(steps, default=0),
-        attempts=attempt,
-        checkpoint=None,
-        parent=None,
-        config_hash=config_hash(config),
-        data_cursor=None,
-        trainable=[part.name for part in config.train.trainable],
-        started=started,
-        ended=now(),
-        seconds=dataclasses.replace(seconds, lost=seconds.lost + lost),
-        versions=versions(),
-    )
 
 
 def _short(receipt: Receipt) -> str:

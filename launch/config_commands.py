@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from launch import exit_codes
+from launch.site import site_fields
 from megatron_vl.config.explain import explain
 from megatron_vl.config.fields import all_fields
 from megatron_vl.config.load import (
@@ -60,7 +61,7 @@ def diff(args: Namespace) -> int:
 
 
 def schema(args: Namespace) -> int:
-    """Print every key with its meaning, unit and reader."""
-    for key, field in all_fields().items():
+    """Print every key of a stage file, or with --site of a site file, with what it means."""
+    for key, field in (site_fields() if args.site else all_fields()).items():
         print(f"{key}\n    {field.sentence} [{field.unit}; {field.reader}]")
     return exit_codes.OK

@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 
 from launch.summary import duration
 from megatron_vl.run.folder import RunFolder, StageFolder
+from megatron_vl.run.metrics import is_step
 from megatron_vl.run.receipt import Receipt
 
 _POLL_SECONDS = 0.25
@@ -95,7 +96,7 @@ class Feed:
         for line in lines:
             if "eval" in line:
                 self.held_out = line
-            else:
+            elif is_step(line):
                 self.last = line
                 self._recent.append(float(line["seconds"]))
         return words, lines
@@ -205,7 +206,7 @@ class PlainWatcher(_Base):
         for line in lines:
             if "eval" in line:
                 self.say(f"{stage.name}: {held_out_text(line, total)}")
-            elif line["step"] == total or time.monotonic() >= self._next_step:
+            elif is_step(line) and (line["step"] == total or time.monotonic() >= self._next_step):
                 self._next_step = time.monotonic() + self._seconds
                 self.say(f"{stage.name}: {step_text(line, total)}{_eta_text(self.feed)}")
                 self._quiet = _QUIET_SECONDS

@@ -2,9 +2,10 @@
 
 Every rank is the leader of its own session, so that ending a rank ends its data workers with it.
 When one rank dies the others wait for it in a collective forever; they are asked to stop (SIGTERM)
-and, after a grace, killed. The same happens when the supervisor itself is interrupted. A supervisor
-that is killed outright cannot do this, so each rank also asks the kernel to be told (see
-`end_with_parent`). What a rank prints goes to `rank_R.log` of the attempt; `log` is rank 0's.
+and soon killed. When the supervisor itself is interrupted they are asked the same and have a longer
+grace: ranks that can save do, and exit with INCOMPLETE. A supervisor that is killed outright cannot
+ask, so each rank also asks the kernel to be told (see `end_with_parent`). What a rank prints goes
+to `rank_R.log` of the attempt; `log` is rank 0's.
 """
 
 import contextlib
@@ -20,10 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from launch import exit_codes
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.run.folder import RunFolder, StageFolder
 
-GRACE_SECONDS = 15.0
+GRACE_SECONDS = 30.0
+_LAST_WORDS_SECONDS = 5.0  # for the ranks beside one that failed: they can print, not save
+_ORDERLY = (exit_codes.OK, exit_codes.INCOMPLETE)
 _TICK_SECONDS = 0.1
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
@@ -59,15 +63,7 @@ def rank_commands(
     ranks = config.parallel.ranks
     argv = [sys.executable, "-m", "launch.cli", "train", str(stage.config_path)]
     argv += ["--run", str(run.path)]
-    shared = {
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "MVL_ATTEMPT": str(attempt),
-        "MVL_SUPERVISOR": str(os.getpid()),
-        "OMP_NUM_THREADS": str(config.train.threads or max(1, _num_cores() // ranks)),
-        "PYTHONUNBUFFERED": "1",
-    }
+    shared = rank_environment(ranks, config.train.threads) | {"MVL_ATTEMPT": str(attempt)}
     folder = stage.attempt_path(attempt)
     return [
         RankCommand(
@@ -75,6 +71,18 @@ def rank_commands(
         )
         for r in range(ranks)
     ]
+
+
+def rank_environment(ranks: int, threads: int) -> dict[str, str]:
+    """What all ranks of a new world on this machine share; threads 0 divides the cores."""
+    return {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "MVL_SUPERVISOR": str(os.getpid()),
+        "OMP_NUM_THREADS": str(threads or max(1, _num_cores() // ranks)),
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 class RankGroup:
@@ -119,10 +127,10 @@ class RankGroup:
         first_failed = None
         while True:
             codes = [process.poll() for process in self._processes]
-            wrong = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+            wrong = [rank for rank, code in enumerate(codes) if code not in (None, *_ORDERLY)]
             if wrong:
                 first_failed = min(wrong, key=lambda rank: (codes[rank] or 0) > 0)
-                self.stop()
+                self.stop(min(_LAST_WORDS_SECONDS, self._grace_seconds))
             if wrong or None not in codes:
                 break
             on_tick()
@@ -130,13 +138,14 @@ class RankGroup:
         on_tick()
         return RankResult([process.wait() for process in self._processes], first_failed)
 
-    def stop(self) -> None:
+    def stop(self, grace_seconds: float | None = None) -> None:
         """End every rank and its children: SIGTERM, then SIGKILL after the grace.
 
         An interrupt meanwhile (a second Ctrl-C) cuts the grace short and leaves no process either.
         """
         alive = [process for process in self._processes if process.poll() is None]
-        deadline = time.monotonic() + self._grace_seconds
+        grace = self._grace_seconds if grace_seconds is None else grace_seconds
+        deadline = time.monotonic() + grace
         try:
             for process in alive:
                 _signal_group(process.pid, signal.SIGTERM)

@@ -2,7 +2,8 @@
 
 Every stage is loaded and checked; the problems of all stages are printed together and nothing else
 is. Otherwise a table says what each stage trains, for how long, on what layout, and how many
-parameters learn.
+parameters learn. For a site on a cluster a second one says what its jobs ask for and how long they
+should take, and the scripts themselves can be printed or written.
 """
 
 import json
@@ -11,11 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch import exit_codes
-from launch.submission import Selection, load_site, missing_data, open_recipe, select
+from launch.site import load_site
+from launch.site_schema import Launcher
+from launch.slurm.forecast import JobPlan, plan_jobs, print_jobs
+from launch.submission import Selection, missing_data, open_recipe, select
 from launch.tables import print_table
+from megatron_vl.config.errors import ConfigError
 from megatron_vl.config.load import config_hash
 from megatron_vl.config.schema import Part, StageConfig, WeightSource
 from megatron_vl.cost.parameters import model_parameters
+from megatron_vl.run import atomic
+from megatron_vl.run.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -81,9 +88,9 @@ def plan_stage(source: Path, config: StageConfig, before: str | None) -> StagePl
 
 def main(args: Namespace) -> int:
     """Print the plan of the selected stages."""
-    load_site(args.site)
+    site = load_site(args.site)
     selection = Selection(args.first, args.last, tuple(args.skip))
-    _, stages, selection = open_recipe(Path(args.recipe), selection, args.overrides)
+    folder, stages, selection = open_recipe(Path(args.recipe), selection, args.overrides)
     names = [name for name, _, _ in stages]
     chosen = select(names, selection)
     kept = [name for name in names if name not in selection.skip]
@@ -93,16 +100,40 @@ def main(args: Namespace) -> int:
         for name, path, config in stages
         if name in chosen
     ]
+    jobs: list[JobPlan] = []
+    if site.launcher is Launcher.slurm:
+        run = RunFolder(args.run or Path("runs") / folder.resolve().name)
+        jobs = [job for job in plan_jobs(stages, site, run) if job.stage in chosen]
+    elif args.scripts or args.out or args.run:
+        raise ConfigError(
+            f"--run, --scripts and --out are about job scripts, and --site {args.site} has none; "
+            "try --site loopback"
+        )
     missing = missing_data([config for name, _, config in stages if name in chosen])
     if args.json:
-        print(json.dumps({"stages": [asdict(plan) for plan in plans], "missing_data": missing}))
+        values = {"stages": [asdict(plan) for plan in plans], "missing_data": missing}
+        print(json.dumps(values | {"jobs": [asdict(job) for job in jobs]}))
         return exit_codes.OK
     _print(args.recipe, plans)
+    if jobs:
+        print_jobs(jobs, site)
     for problem in missing:
         print(f"before a submit: {problem}")
     if missing:
         print(f"to make it: mvl data prepare {args.recipe}")
+    _show_scripts(jobs, args)
     return exit_codes.OK
+
+
+def _show_scripts(jobs: list[JobPlan], args: Namespace) -> None:
+    """Print the scripts, or write them, as asked."""
+    for job in jobs:
+        if args.scripts:
+            print(f"\n===== {job.stage} =====\n{job.script}", end="")
+        if args.out:
+            path = Path(args.out) / f"{job.stage}.sh"
+            atomic.write_text(path, job.script)
+            print(f"wrote {path}")
 
 
 def _print(recipe: str, plans: list[StagePlan]) -> None:

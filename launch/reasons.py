@@ -25,6 +25,7 @@ _ECHOES = (
 )
 _FRAME = re.compile(r'  File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _RANK_MARK = re.compile(r"^\[rank\d+\]: ?")  # torch marks the traceback of a rank so
+_OTHERS = ("[", "frame #", "Exception raised from", "Traceback", "slurmstepd", "srun: ")
 _WARNING = re.compile(r":\d+: \w*Warning: ")
 _OURS = re.compile(r"(?:^|/)((?:megatron_vl|launch)/.+)$")
 
@@ -40,7 +41,7 @@ def why(
     if result.first_failed is None:
         return "failed", "all ranks exited with status 0, but the trainer wrote no receipt"
     logs = [stage.attempt_path(attempt) / f"rank_{rank}.log" for rank in range(len(result.codes))]
-    rank, said = _culprit(result, logs)
+    rank, said = culprit(result, logs)
     ending = f"rank {rank} {describe_end(result.codes[rank])}"
     where = logs[rank].relative_to(stage.path)
     if said:
@@ -51,7 +52,7 @@ def why(
     return "failed", ending + (f"; the end of {where}:\n{tail}" if tail else "; it printed nothing")
 
 
-def _culprit(result: RankResult, logs: list[Path]) -> tuple[int, str]:
+def culprit(result: RankResult, logs: list[Path]) -> tuple[int, str]:
     """The rank that ended the attempt and the exception it ended with ("" when it named none)."""
     first = result.first_failed
     assert first is not None
@@ -109,7 +110,7 @@ def _message(lines: list[str]) -> str:
     """An exception's line and those that belong to it: up to a blank or a line of another kind."""
     found = lines[:1]
     for line in lines[1:_MESSAGE_LINES]:
-        if not line or line.startswith(("[", "frame #", "Exception raised from", "Traceback")):
+        if not line or line.startswith(_OTHERS):
             break
         found.append(line)
     return "\n".join(found)

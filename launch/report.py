@@ -37,6 +37,10 @@ _MEASURES = {
     "grad_norm": "gradient norm before clipping",
     "tokens_per_s": "tokens a second",
     "tflops": "TFLOP/s on each rank",
+    "mfu": "model FLOP utilisation",
+    "hfu": "hardware FLOP utilisation, recompute included",
+    "bubble": "share of the pipeline schedule without compute",
+    "data_wait_s": "seconds a step waits for data",
 }
 
 
@@ -200,19 +204,21 @@ def _times(receipts: dict[str, Receipt | None], spent: dict[str, float]) -> list
         useful = receipt.seconds.useful if receipt else 0.0
         waiting = receipt.seconds.waiting if receipt else 0.0
         wall = max(told, useful + waiting)  # the journal tells whole seconds
-        rows.append((name, wall, {"useful": useful, "waiting": waiting}))
-    longest = max((wall for _, wall, _ in rows), default=0.0) or 1.0
+        goodput = receipt.metrics.get("goodput") if receipt else None
+        rows.append((name, wall, {"useful": useful, "waiting": waiting}, goodput))
+    longest = max((wall for _, wall, *_ in rows), default=0.0) or 1.0
     return [
         {
             "stage": name,
             "wall": duration(wall),
             "useful": f"{parts['useful'] / wall:.0%}" if wall else "0%",
+            "goodput": "" if goodput is None else f"{goodput:.0%}",
             "parts": {
                 part: {"text": _seconds(seconds), "width": f"{100 * seconds / longest:.2f}"}
                 for part, seconds in {**parts, "lost": wall - sum(parts.values())}.items()
             },
         }
-        for name, wall, parts in rows
+        for name, wall, parts, goodput in rows
     ]
 
 

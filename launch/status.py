@@ -1,22 +1,28 @@
 """`mvl status`: how the runs of a folder, or the stages of one run, stand.
 
-Reads plans, receipts and metrics; imports neither torch nor the config loader, and answers in under
-half a second on a login node.
+Reads plans, receipts and metrics, and of a run on a cluster the queue; imports neither torch nor
+the config loader, and answers in under half a second on a login node.
 """
 
 import json
 import shlex
 import time
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch import exit_codes
 from launch.lock import holder
 from launch.tables import STATUS_STYLES, print_table
 from megatron_vl.run.folder import RunError, RunFolder, StageFolder
 from megatron_vl.run.metrics import eval_lines, read_metrics, step_lines
+
+if TYPE_CHECKING:
+    from launch.slurm.watch import JobView
+
+_RECENT_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class StageStatus:
 
     stage: str
     status: str
-    """A receipt's status, or waiting, running, lost (started, no receipt, nobody runs it)."""
+    """A receipt's status, or waiting, queued (its job waits), running, lost (started, no receipt,
+    nobody runs it), unknown (on a cluster whose queue cannot be asked here)."""
     attempt: int
     step: int
     steps: int
@@ -34,14 +41,43 @@ class StageStatus:
     tokens_per_s: float | None
     age_seconds: float | None
     """Since the receipt, or since the last measurement of a running stage."""
+    eta_seconds: float | None
+    """Until the last step of a running stage, from its latest steps."""
     reason: str
+    """Why it ended so, or why it waits."""
+    job: str | None = None
+    """Its latest job on a cluster."""
 
 
 def run_status(run: RunFolder) -> list[StageStatus]:
     """The stages of a run in order; skipped ones are left out. Raises RunError, ReceiptError."""
-    totals = {entry["name"]: entry["steps"] for entry in run.plan()["stages"]}
-    alive = holder(run) is not None
-    return [_stage_status(stage, totals[stage.name], alive) for stage in run.stages()]
+    plan = run.plan()
+    totals = {entry["name"]: entry["steps"] for entry in plan["stages"]}
+    if plan.get("launcher") == "slurm":
+        from launch.slurm.watch import views
+
+        seen = views(run)
+        return [
+            _stage_status(stage, totals[stage.name], *_on_cluster(run, stage, seen))
+            for stage in run.stages()
+        ]
+    word = "running" if holder(run) is not None else "lost"
+    return [_stage_status(stage, totals[stage.name], word) for stage in run.stages()]
+
+
+def _on_cluster(
+    run: RunFolder, stage: StageFolder, seen: "dict[str, JobView] | None"
+) -> "tuple[str, JobView | None]":
+    """What an attempt without a receipt is, and what Slurm says of the stage's job."""
+    if seen is None:
+        return "unknown", None
+    view = seen.get(stage.name)
+    if view is None or not view.live:
+        gated = [e for e in run.journal.read() if e["stage"] == stage.name]
+        if gated and gated[-1]["event"] == "gated" and view is not None:
+            view = replace(view, note=f"{view.note}: {gated[-1]['reason']}")
+        return "lost", view
+    return ("running" if view.running else "queued"), view
 
 
 def overall(stages: list[StageStatus]) -> str:
@@ -87,20 +123,28 @@ def main(args: Namespace) -> int:
     return exit_codes.OK
 
 
-def _stage_status(stage: StageFolder, steps: int, alive: bool) -> StageStatus:
+def _stage_status(
+    stage: StageFolder, steps: int, word: str, view: "JobView | None" = None
+) -> StageStatus:
+    """How a stage stands; `word` is what an attempt without a receipt is."""
     receipt, attempt = stage.receipt(), stage.last_attempt()
     records = read_metrics(stage.metrics_path)
     trained, evaluated = step_lines(records), eval_lines(records)
     last = trained[-1] if trained else {}
     status: str
     age: float | None
-    if receipt is not None:
+    live = view is not None and view.live
+    if receipt is not None and (receipt.done or not live):
         status, step, reason = receipt.status, receipt.step, receipt.reason
         age = time.time() - datetime.fromisoformat(receipt.ended).timestamp()
     else:
-        status = "waiting" if attempt == 0 else ("running" if alive else "lost")
-        step, reason = last.get("step", 0), ""
+        status = word if attempt or live or word == "unknown" else "waiting"
+        step, reason = last.get("step", 0), view.note if view else ""
         age = time.time() - stage.metrics_path.stat().st_mtime if last else None
+    eta = None
+    if status == "running" and last:
+        recent = [line["seconds"] for line in trained[-_RECENT_STEPS:]]
+        eta = round((steps - last["step"]) * sum(recent) / len(recent), 1)
     return StageStatus(
         stage=stage.name,
         status=status,
@@ -111,12 +155,14 @@ def _stage_status(stage: StageFolder, steps: int, alive: bool) -> StageStatus:
         eval_loss=evaluated[-1]["loss"] if evaluated else None,
         tokens_per_s=last.get("tokens_per_s"),
         age_seconds=None if age is None else round(max(0.0, age), 1),
+        eta_seconds=eta,
         reason=reason,
+        job=view.job if view else None,
     )
 
 
 def _print_run(run: RunFolder, stages: list[StageStatus]) -> None:
-    names = ("stage", "status", "attempt", "step", "loss", "held-out", "tokens/s", "age")
+    names = ("stage", "status", "attempt", "step", "loss", "held-out", "tokens/s", "age", "left")
     rows = [
         (
             stage.stage,
@@ -127,19 +173,33 @@ def _print_run(run: RunFolder, stages: list[StageStatus]) -> None:
             _number(stage.eval_loss, ".4f"),
             _number(stage.tokens_per_s, ",.0f"),
             _age(stage.age_seconds),
+            _age(stage.eta_seconds),
         )
         for stage in stages
     ]
     print_table(f"{run.path}: {overall(stages)}", names, rows, left=2, styles=STATUS_STYLES)
     for stage in stages:
-        if stage.status in ("failed", "held", "incomplete"):
+        if stage.status not in ("done", "lost") and stage.reason:
             print(f"{stage.stage}: {stage.reason}")
         if stage.status == "lost":
-            print(f"{stage.stage}: its supervisor is gone")
-    if overall(stages) != "done" and holder(run) is None:
-        plan = run.plan()
-        words = ["mvl", "submit", plan["recipe"], "--run", str(run.path), *plan["overrides"]]
-        print(f"nothing is running; to go on: {shlex.join(words)}")
+            gone = "nothing runs it any more"
+            print(f"{stage.stage}: {stage.reason or gone}")
+    words = {stage.status for stage in stages}
+    if "unknown" in words:
+        print("Slurm cannot be asked here; what its queue holds is not shown")
+    elif words != {"done"} and not words & {"running", "queued"} and holder(run) is None:
+        print(f"nothing is running; to go on: {_way_on(run, stages)}")
+
+
+def _way_on(run: RunFolder, stages: list[StageStatus]) -> str:
+    """The command that goes on: with what was asked for, or where that is done, with the rest."""
+    plan = run.plan()
+    asked = [stage for stage in stages if stage.stage in plan["selected"]]
+    if any(stage.status != "done" for stage in asked):
+        return shlex.join(["mvl", "resume", str(run.path)])
+    site = ["--site", plan["site"]] if plan["site"] != "local" else []
+    words = ["mvl", "submit", plan["recipe"], "--run", str(run.path), *site, *plan["overrides"]]
+    return shlex.join(words)
 
 
 def _print_runs(found: dict[RunFolder, list[StageStatus]]) -> None:

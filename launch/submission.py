@@ -7,6 +7,7 @@ folder is the only source: editing the recipe does not change a run under way.
 Refuses: a run made from other stages; a changed configuration of a stage that is already done.
 """
 
+import functools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +17,23 @@ from typing import Any
 import yaml
 
 from launch.lock import LOCK_NAME
+from launch.site import load_site, site_path
 from megatron_vl.config.errors import ConfigError
-from megatron_vl.config.load import config_hash, differences, load_recipe, load_stage, to_yaml
+from megatron_vl.config.load import (
+    config_hash,
+    differences,
+    flatten,
+    load_recipe,
+    load_stage,
+    to_yaml,
+)
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.run import atomic
 from megatron_vl.run.folder import RunError, RunFolder, StageFolder
 from megatron_vl.run.receipt import now
 
+SITE_FILE = "site.yaml"
+"""The site's file as it was when the run was submitted, in the run folder."""
 Stages = list[tuple[str, Path, StageConfig]]
 
 
@@ -127,6 +138,7 @@ def prepare(
     folder, stages, selection = open_recipe(recipe, selection, overrides)
     selected = select([name for name, _, _ in stages], selection)
     plan = _plan(run, folder, stages, selected, selection, site, overrides)
+    site_text = site_path(site).read_text(encoding="utf-8")
     if run.exists():
         _refuse_other_recipe(run, plan)
     configs = {name: config for name, _, config in stages}
@@ -139,13 +151,34 @@ def prepare(
         for name in selected
         if (problem := _changed_when_done(run, folders[name], configs[name]))
     ]
+    problems += [f"{name}: {key}" for name in selected for key in unwritable(configs[name])]
     if problems:
         raise RunError("\n".join(problems))
     run.create(plan)
+    atomic.write_text(run.path / SITE_FILE, site_text)
     for name in selected:
         atomic.write_text(folders[name].config_path, to_yaml(configs[name]))
     run.journal.append("planned", recipe=str(folder), stages=selected, overrides=list(overrides))
     return selected
+
+
+def changed_stages(run: RunFolder, stages: Stages) -> list[str]:
+    """The stages of a run that another configuration is about to replace."""
+    if not run.exists():
+        return []
+    before = {stage.name: stage for stage in run.stages()}
+    return [
+        name
+        for name, _, config in stages
+        if name in before
+        and before[name].config_path.is_file()
+        and load_stage(before[name].config_path) != config
+    ]
+
+
+def folder_name(index: int, name: str) -> str:
+    """The name of a stage's folder: its place in the recipe, then its name."""
+    return f"{index:02d}_{name}"
 
 
 def _plan(
@@ -162,7 +195,7 @@ def _plan(
     entries = [
         {
             "name": name,
-            "folder": f"{index:02d}_{name}",
+            "folder": folder_name(index, name),
             "source": str(path),
             "config_hash": config_hash(config),
             "steps": config.train.steps,
@@ -176,11 +209,23 @@ def _plan(
         "run": run.name,
         "created": now(),
         "recipe": str(folder),
+        "workdir": str(Path.cwd()),
         "site": site,
+        "launcher": load_site(site).launcher.name,
         "overrides": list(overrides),
         "selected": selected,
         "stages": entries,
     }
+
+
+def unwritable(config: StageConfig) -> list[str]:
+    """The values that a file would not give back as they are (YAML folds some line ends)."""
+    again = yaml.safe_load(to_yaml(config))
+    return [
+        f"{key} is {value!r}, which a stage file cannot hold as it is; take out the line end"
+        for key, value in flatten(config).items()
+        if functools.reduce(lambda found, name: found[name], key.split("."), again) != value
+    ]
 
 
 def _refuse_other_recipe(run: RunFolder, plan: dict[str, Any]) -> None:
@@ -212,18 +257,3 @@ def _changed_when_done(run: RunFolder, stage: StageFolder, config: StageConfig) 
         f"{stage.name} of {run.path} is done with another configuration ({listed}). Choose another "
         "--run to train it anew, or --from a later stage to go on from it as it is"
     )
-
-
-def load_site(name: str) -> dict[str, Any]:
-    """A site by name (`slurm/sites/NAME.yaml`) or by file. Raises ConfigError when unknown."""
-    sites = Path(__file__).resolve().parent.parent / "slurm" / "sites"
-    path = Path(name) if name.endswith((".yaml", ".yml")) else sites / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in sites.glob("*.yaml")))
-        raise ConfigError(f"--site {name}: no file {path}; the sites are {known}")
-    site = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if site.get("launcher") != "local":
-        raise ConfigError(
-            f"{path}: launcher is {site.get('launcher')!r}, this release knows: local"
-        )
-    return site

@@ -5,8 +5,8 @@ pass. Which layers are marked is counted from the first layer of each pipeline s
 of the encoder (see `RecomputeConfig`).
 
 Why: megatron-core's MambaStack has no activation recompute, and its TransformerBlock has one that
-knows nothing of frozen parts. Whatever a layer records while it runs (an amax history) would be
-recorded twice: `recomputing()` tells such code that this is the second pass.
+knows nothing of frozen parts. Whatever a layer records while it runs (an amax) is recorded twice and
+must not mind.
 
 What it refuses: dropout (AssertionError), because no random state is kept for the second pass. What
 it costs: one more forward pass of each marked layer; nothing where no gradient is asked for (a
@@ -15,9 +15,7 @@ frozen encoder, evaluation).
 The gradients are bitwise those without recompute: the same operations in the same order.
 """
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -31,28 +29,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from megatron_vl.config.schema import LAYER_KINDS, RecomputeConfig
-
-# The autograd engine may run a backward pass on a thread of its own; each has its own flag.
-_pass = threading.local()
-
-
-def recomputing() -> bool:
-    """Whether the code that asks runs as the second pass of a recomputed layer."""
-    return getattr(_pass, "second", False)
-
-
-@contextlib.contextmanager
-def _second_pass() -> Iterator[None]:
-    before = recomputing()
-    _pass.second = True
-    try:
-        yield
-    finally:
-        _pass.second = before
-
-
-def _contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    return contextlib.nullcontext(), _second_pass()
 
 
 class Recomputable(nn.Module):
@@ -77,7 +53,6 @@ class Recomputable(nn.Module):
             hidden_states,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=_contexts,
         )
 
     def _keeps_activations(self, hidden_states: Tensor) -> bool:
@@ -93,15 +68,7 @@ def _transformer_engine_checkpoint(run: Callable[..., Any], hidden_states: Tenso
 
     # Its graph hangs on its input alone. Whatever learns in a layer, something before it does too.
     assert hidden_states.requires_grad
-    passes = 0
-
-    def count_passes(hidden: Tensor) -> Any:
-        nonlocal passes
-        passes += 1
-        with _second_pass() if passes > 1 else contextlib.nullcontext():
-            return run(hidden)
-
-    return te_checkpoint(count_passes, False, get_cuda_rng_tracker, None, hidden_states)
+    return te_checkpoint(run, False, get_cuda_rng_tracker, None, hidden_states)
 
 
 class RecomputableMambaLayer(Recomputable, MambaLayer):

@@ -90,6 +90,17 @@ class IndexMap:
     weight_total: float
     num_tokens: int
 
+    @property
+    def cu_seqlens_unpadded(self) -> NDArray[np.int32]:
+        """int32; as cu_seqlens, of the documents' own tokens alone."""
+        return np.concatenate([[0], np.cumsum(self.document_lengths)]).astype(np.int32)
+
+    @property
+    def positions_L(self) -> NDArray[np.int32]:
+        """int32; place of each token inside its document (the decoder itself reads none)."""
+        starts = np.repeat(self.cu_seqlens[:-1], np.diff(self.cu_seqlens))
+        return (np.arange(len(self.tokens_L)) - starts).astype(np.int32)
+
 
 def document_labels(
     document: Document,

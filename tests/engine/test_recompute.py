@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_vl.config.schema import LAYER_KINDS, LayerKind, RecomputeConfig, StageConfig
 from megatron_vl.data.pack import Pack
 from megatron_vl.engine import recompute
-from megatron_vl.engine.recompute import mark_decoder, mark_encoder, recomputing
+from megatron_vl.engine.recompute import mark_decoder, mark_encoder
 from megatron_vl.model.vlm import VisionLanguageModel
 from tests.conftest import LAPTOP
 from tests.support.gradients import batch_gradients, whole
@@ -83,9 +83,9 @@ def kept(model: VisionLanguageModel, pack: Pack) -> int:
     return total
 
 
-def layer_passes(model: VisionLanguageModel, run: Callable[[], Any]) -> Counter[tuple[str, bool]]:
-    """How often each decoder or encoder layer ran, and whether as a second pass."""
-    passes: Counter[tuple[str, bool]] = Counter()
+def layer_passes(model: VisionLanguageModel, run: Callable[[], Any]) -> Counter[str]:
+    """How often each decoder or encoder layer ran."""
+    passes: Counter[str] = Counter()
     watched = {
         f"{part}.{number}": layer
         for part, stack in (
@@ -97,7 +97,7 @@ def layer_passes(model: VisionLanguageModel, run: Callable[[], Any]) -> Counter[
     handles = [
         # Every layer begins with a fused norm and linear; a hook there sees each pass.
         first_linear(layer).register_forward_pre_hook(
-            lambda module, args, name=name: passes.update([(name, recomputing())])
+            lambda module, args, name=name: passes.update([name])
         )
         for name, layer in watched.items()
     ]
@@ -182,12 +182,9 @@ def test_with_all_layers_marked_the_inputs_of_layers_are_most_of_what_is_kept(
 def test_marked_layers_and_no_others_run_twice(training: VisionLanguageModel, pack: Pack) -> None:
     mark(training, 5, 2, LayerKind.mlp, LayerKind.attention)
     passes = layer_passes(training, lambda: backward(training, pack))
-    expected = {(f"decoder.{i}", False): 1 for i in range(8)}
-    expected |= {(f"encoder.{i}", False): 1 for i in range(4)}
-    expected |= {(f"decoder.{i}", True): 1 for i in (1, 3, 4)}
-    expected |= {(f"encoder.{i}", True): 1 for i in range(2)}
+    expected = {f"decoder.{i}": 2 if i in (1, 3, 4) else 1 for i in range(8)}
+    expected |= {f"encoder.{i}": 2 if i < 2 else 1 for i in range(4)}
     assert passes == expected
-    assert not recomputing()
 
 
 def test_a_frozen_encoder_keeps_nothing_and_runs_once(
@@ -199,8 +196,8 @@ def test_a_frozen_encoder_keeps_nothing_and_runs_once(
     mark(training, 8, 4)
     assert kept(training, pack) == plain
     passes = layer_passes(training, lambda: backward(training, pack))
-    assert {key: n for key, n in passes.items() if key[0].startswith("encoder")} == {
-        (f"encoder.{i}", False): 1 for i in range(4)
+    assert {name: n for name, n in passes.items() if name.startswith("encoder")} == {
+        f"encoder.{i}": 1 for i in range(4)
     }
     kept_of_encoder = []
 
@@ -270,7 +267,7 @@ def test_in_fp8_under_transformer_engine_its_own_checkpoint_is_used(
     monkeypatch.setattr(layer.config, "fp8", "hybrid")
     hidden_LBH = torch.randn(8, 1, training.config.hidden_size, requires_grad=True)
     passes = layer_passes(training, lambda: layer(hidden_states=hidden_LBH, attention_mask=None))
-    assert passes == {("decoder.1", False): 1, ("decoder.1", True): 1}
+    assert passes == {"decoder.1": 2}
     ((distribute, (given,)),) = calls
     assert not distribute
     assert given is hidden_LBH

@@ -22,7 +22,8 @@ run = RunFolder(sys.argv[1]); stage = run.stage(sys.argv[2]); attempt = int(sys.
 entry = next(entry for entry in run.plan()["stages"] if entry["name"] == stage.name)
 for step in range(1, entry["steps"] + 1):
     append_metrics(stage.metrics_path, dict(step=step, loss=5.0 / step, lr=1e-3, grad_norm=1.0,
-        tokens=512, samples=8, tokens_per_s=100.0, tflops=0.1, mfu=0.1, seconds=0.1))
+        tokens=512, samples=8, tokens_per_s=100.0, tflops=0.1, mfu=0.1, hfu=0.1,
+        seconds=0.1, data_wait_s=0.0, save_stall_s=0.0, bubble=None))
 append_metrics(stage.metrics_path, dict(eval="qa", step=step, loss=1.25))
 folder = stage.checkpoints / "last"; folder.mkdir(parents=True, exist_ok=True)
 (folder / "weights").write_text(stage.name)
@@ -32,7 +33,7 @@ stage.write_receipt(Receipt(run=run.name, stage=stage.name, status="done", reaso
     step=step, attempts=attempt, checkpoint=CheckpointRef("checkpoints/last",
     checkpoint_digest(folder)), parent=ParentRef(before.stage, before.checkpoint.digest) if before
     else None, config_hash=entry["config_hash"], data_cursor=step, trainable=["decoder"],
-    started=now(), ended=now(), seconds=Seconds(useful=1.0)))
+    started=now(), ended=now(), seconds=Seconds(useful=1.0), metrics={"goodput": 0.73}))
 print("finished", stage.name)
 """
 FAILS = "import sys; print('the disk is on fire'); sys.exit(7)"

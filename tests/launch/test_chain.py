@@ -16,7 +16,8 @@ from launch import exit_codes
 from launch.chain import Cancelled, Supervisor, _signals_raise
 from launch.cli import main
 from launch.lock import BusyError, RunLock, holder
-from launch.submission import Selection, load_site, prepare, select
+from launch.site import load_site
+from launch.submission import Selection, prepare, select
 from megatron_vl.config.errors import ConfigError
 from megatron_vl.run.folder import ParentError, RunError, RunFolder
 from tests.launch.small_recipe import FAILS, FINISHES, SILENT, SLEEPS, programs, write_recipe
@@ -220,7 +221,7 @@ def test_unknown_sites_and_launchers_are_refused(tmp_path: Path) -> None:
         load_site("moon")
     site = tmp_path / "site.yaml"
     site.write_text("launcher: pigeon\n")
-    with pytest.raises(ConfigError, match="this release knows: local"):
+    with pytest.raises(ConfigError, match=r"launcher is .pigeon., expected one of local, slurm"):
         load_site(str(site))
 
 

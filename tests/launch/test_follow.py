@@ -24,7 +24,8 @@ def run(tmp_path: Path) -> RunFolder:
 
 def step(stage: StageFolder, number: int, **more: Any) -> None:
     line = {"step": number, "loss": 8.0 / number, "lr": 1e-3, "grad_norm": 1.0, "tokens": 512}
-    line |= {"samples": 8, "tokens_per_s": 100.0, "tflops": 0.1, "mfu": None, "seconds": 3.0}
+    line |= {"samples": 8, "tokens_per_s": 100.0, "tflops": 0.1, "mfu": None, "hfu": None}
+    line |= {"seconds": 3.0, "data_wait_s": 0.0, "save_stall_s": 0.0, "bubble": None}
     append_metrics(stage.metrics_path, line | more)
 
 
@@ -49,6 +50,7 @@ def test_words_measurements_and_what_is_left(
     look(watcher, stage)
     talk(stage, "[init] step 2/20 which the metrics tell too")
     step(stage, 2)
+    append_metrics(stage.metrics_path, {"drift": {}, "step": 2, "keep": "decoder.1"})
     step(stage, 3)
     look(watcher, stage)
     assert capsys.readouterr().out.splitlines() == [

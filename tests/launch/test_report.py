@@ -43,6 +43,9 @@ def test_a_whole_run_on_one_page_without_a_network(run: RunFolder) -> None:
     assert "&lt;b&gt;a cat&lt;/b&gt;" in page
     assert "2 of 2" in page
     assert "held-out qa" in page
+    assert "goodput 73%" in page
+    assert "hardware FLOP utilisation" in page
+    assert "share of the pipeline schedule" not in page  # never measured
     assert "carry.weights" in page
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(svg)

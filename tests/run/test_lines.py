@@ -25,7 +25,11 @@ def step(number: int, loss: float = 1.0) -> dict[str, float]:
         "tokens_per_s": 50.0,
         "tflops": 0.1,
         "mfu": 0.2,
+        "hfu": 0.25,
         "seconds": 2.0,
+        "data_wait_s": 0.5,
+        "save_stall_s": 0.0,
+        "bubble": 0.1,
     }
 
 

@@ -49,6 +49,7 @@ def test_two_documents_and_padding() -> None:
     assert pack.document_ids_L.tolist() == [0] * 7 + [1] * 6 + [2] * 3
     assert pack.cu_seqlens.tolist() == [0, 7, 13, 16]
     assert pack.document_lengths == (7, 6, 0)
+    assert pack.positions_L.tolist() == [*range(7), *range(6), *range(3)]
     assert pack.visual_rows_L.tolist() == [-1, 0, 1] + [-1] * 8 + [2] + [-1] * 4
     assert pack.grids == (ONE, ONE, ONE)
     assert pack.videos == ()
@@ -57,6 +58,16 @@ def test_two_documents_and_padding() -> None:
     assert pack.weight_total == pytest.approx(np.sqrt(3) + 2)
     assert [pack.tokens_L.dtype, pack.loss_weights_L.dtype] == [np.int64, np.float32]
     assert [pack.document_ids_L.dtype, pack.cu_seqlens.dtype] == [np.int32, np.int32]
+
+
+def test_documents_are_padded_to_the_alignment() -> None:
+    rows = [document([1] * 5, [0] * 5), document([2] * 4, [-1, 0, 0, 0])]
+    pack = lay_out(rows, length=16, pad_token=9, alignment=4)
+    assert pack.tokens_L.tolist() == [1] * 5 + [9] * 3 + [2] * 4 + [9] * 4
+    assert pack.cu_seqlens.tolist() == [0, 8, 12, 16]
+    assert pack.cu_seqlens_unpadded.tolist() == [0, 5, 9, 9]
+    assert pack.positions_L.tolist() == [*range(8), *range(4), *range(4)]
+    assert pack.document_ids_L.tolist() == [0] * 8 + [1] * 4 + [2] * 4
 
 
 def test_a_full_pack_has_no_padding_document() -> None:

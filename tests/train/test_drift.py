@@ -48,7 +48,7 @@ def test_an_outlier_channel_is_named(ranks: RankPool, small_data: SmallData, rec
     worst = loud.layers["decoder.3"]
     assert worst.linear == "self_attention.linear_qkv"
     assert worst.error > 0.2 > 4 * plain.layers["decoder.3"].error
-    assert worst.flushed > 0.5 > plain.layers["decoder.3"].flushed
+    assert worst.flushed > 0.1 > 5 * plain.layers["decoder.3"].flushed
     assert worst.input_amax > 1e5
     assert "fp8.keep_bf16=[encoder.1,decoder.3]" in loud.spoken(["encoder.1"])
 

@@ -1,0 +1,228 @@
+"""`mvl checkpoint explain`: who made a checkpoint or a published folder, from what, and what it
+holds.
+
+Reads receipts, state file, index and headers; weights only when asked to verify. A published folder
+answers from the `provenance.json` that export put into it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from checkpoint_tools.errors import ConversionError
+from checkpoint_tools.lineage import Ancestor, describe_origin
+from checkpoint_tools.name_rules import name_table
+from checkpoint_tools.names import NameTable, Slot, compare
+from checkpoint_tools.published_config import model_of
+from checkpoint_tools.published_folder import CONFIG_FILE, PublishedFolder, read_json
+from checkpoint_tools.quantized_layout import applies, described, outputs
+from checkpoint_tools.safetensors_file import TensorSpec
+from checkpoint_tools.stage_source import StageSource, open_stage
+from checkpoint_tools.tensor_bytes import DTYPE_NAMES, sha256
+from megatron_vl.config.load import config_hash
+from megatron_vl.config.schema import ModelConfig, WeightSource
+from megatron_vl.cost.parameters import model_parameters
+
+PROVENANCE_FILE = "provenance.json"
+_CHECKPOINT = "checkpoint"
+_TOLD = ("run", "status", "reason", "attempts", "started", "ended", "metrics", "gate", "versions")
+"""What of a receipt is passed on."""
+
+
+def explain(path: Path, *, verify: bool = False) -> dict[str, Any]:
+    """What is known about a run's last checkpoint, a stage's, a checkpoint or a published folder.
+
+    Args:
+        verify: read all weights and compare them with the recorded digest or hashes.
+
+    Raises:
+        ConversionError, RunError: it is none of these, or is not what its records say.
+    """
+    if (path / CONFIG_FILE).is_file():
+        return _explain_published(path, verify)
+    source = open_stage(path)
+    if verify:
+        if source.receipt is None:
+            raise ConversionError(f"{path}: no receipt names this checkpoint, so it has no digest")
+        source.check_digest()
+    return {
+        "kind": _CHECKPOINT,
+        "path": str(source.checkpoint.folder),
+        **provenance(source),
+        "verified": verify,
+        "tensors": _tensors(source.checkpoint.tensors, source.config.model),
+        "training_state": _sizes(
+            {
+                name: spec
+                for name, spec in source.checkpoint.stored.items()
+                if name not in source.checkpoint.tensors
+            }
+        ),
+    }
+
+
+def provenance(source: StageSource) -> dict[str, Any]:
+    """Who made a checkpoint, from what data and stages: JSON values, no place on this machine."""
+    receipt, state = source.receipt, source.state
+    digest = receipt.checkpoint.digest if receipt and receipt.checkpoint else None
+    return {
+        "stage": state.stage,
+        "step": state.step,
+        "data_cursor": state.data_cursor,
+        "holds_optimizer": state.optimizer,
+        "trainable": state.trainable,
+        "digest": digest,
+        "parent_digest": state.parent or None,
+        "config_hash": config_hash(source.config),
+        "receipt": _receipt(source),
+        "lineage": [_stage(one) for one in source.ancestors],
+    }
+
+
+def _receipt(source: StageSource) -> dict[str, Any] | None:
+    if source.receipt is None:
+        return None
+    return {name: value for name, value in asdict(source.receipt).items() if name in _TOLD}
+
+
+def _stage(one: Ancestor) -> dict[str, Any]:
+    receipt, data = one.receipt, one.config.data
+    if one.origin is not None:
+        came_from = describe_origin(one.origin)
+    elif one.config.carry.weights is WeightSource.random:
+        came_from = f"weights drawn with seed {one.config.train.seed}"
+    else:
+        came_from = receipt.parent.stage if receipt and receipt.parent else "unknown"
+    return {
+        "stage": one.name,
+        "from": came_from,
+        "drawn": one.origin["drawn"] if one.origin else [],
+        "status": receipt.status if receipt else "no receipt",
+        "steps": receipt.step if receipt else None,
+        "trainable": receipt.trainable if receipt else [],
+        "blend": data.blend,
+        "packs": receipt.data_cursor if receipt else None,
+        "sequence_length": data.sequence_length,
+        "tokens": one.tokens,
+        "gate": receipt.gate if receipt else {},
+    }
+
+
+def _explain_published(path: Path, verify: bool) -> dict[str, Any]:
+    folder = PublishedFolder(path)
+    model = model_of(folder.config)
+    _check_published(folder, name_table(model))
+    if verify:
+        if not folder.sha256:
+            raise ConversionError(f"{path} records no hashes, so nothing can be verified")
+        for name, digest in folder.sha256.items():
+            if sha256(folder.read(name)) != digest:
+                raise ConversionError(
+                    f"{path / folder.file_of(name)}: {name} is not what its recorded SHA-256 says"
+                )
+    made = path / PROVENANCE_FILE
+    return {
+        "kind": "published folder",
+        "path": str(path),
+        **(read_json(made) if made.is_file() else {"receipt": None, "lineage": []}),
+        "verified": verify,
+        "hashes": len(folder.sha256),
+        "tensors": _tensors(folder.tensors, model),
+    }
+
+
+def _check_published(folder: PublishedFolder, table: NameTable) -> None:
+    """Raise NamesError unless a folder, quantized or not, holds exactly its model's tensors."""
+    chosen, shapes = described(folder.config), folder.shapes()
+    if chosen is not None:
+        rules = [rule for rule in table.rules if applies(rule)]
+        made = {n: Slot(n, s.shape) for rule in rules for n, s in outputs(rule, chosen).items()}
+        held = {name: shape for name, shape in shapes.items() if name in made}
+        compare(made, held, str(folder.folder), "quantized")
+        shapes = {name: shape for name, shape in shapes.items() if name not in made}
+        table = replace(table, rules=tuple(rule for rule in table.rules if not applies(rule)))
+    table.check_published(shapes, str(folder.folder))
+
+
+def _tensors(tensors: Mapping[str, TensorSpec], model: ModelConfig) -> dict[str, Any]:
+    return {
+        **_sizes(tensors),
+        "parameters": model_parameters(model).by_part(),
+        "pattern": model.decoder.pattern,
+        "vocabulary": model.vocab_size,
+    }
+
+
+def _sizes(tensors: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    by_dtype: dict[str, int] = {}
+    for spec in tensors.values():
+        name = DTYPE_NAMES[spec.dtype]
+        by_dtype[name] = by_dtype.get(name, 0) + spec.num_bytes
+    return {"count": len(tensors), "bytes_by_dtype": by_dtype}
+
+
+def explain_text(known: Mapping[str, Any]) -> str:
+    """The same for a reader."""
+    lines = [f"{known['kind']} {known['path']}"]
+    receipt = known["receipt"]
+    if "stage" in known:
+        lines.append(
+            f"  stage {known['stage']}, step {known['step']}, {known['data_cursor']} packs of its "
+            f"data; learns {', '.join(known['trainable']) or 'nothing'}"
+        )
+    if receipt is None:
+        lines.append("  no receipt names it")
+    else:
+        lines.append(
+            f"  run {receipt['run']}: {receipt['status']} ({receipt['reason']}), "
+            f"{receipt['attempts']} attempts, ended {receipt['ended']}"
+        )
+        lines += [f"  {name}: {value}" for name, value in receipt["metrics"].items()]
+        lines += [f"  gate {name}: {value}" for name, value in receipt["gate"].items()]
+        made = ", ".join(f"{name} {version}" for name, version in receipt["versions"].items())
+        lines.append(f"  made with {made}")
+    if known.get("digest"):
+        said = "made from the checkpoint with digest"
+        if known["kind"] == _CHECKPOINT:
+            said = "digest, verified:" if known["verified"] else "digest as recorded:"
+        lines.append(f"  {said} {known['digest']}")
+    if "hashes" in known:
+        said = "all verified" if known["verified"] else "not verified"
+        lines.append(f"  SHA-256 recorded for {known['hashes']} tensors ({said})")
+    lines += ["", "came from"]
+    lines += [line for one in known["lineage"] for line in _stage_lines(one)] or ["  unknown"]
+    return "\n".join([*lines, "", "holds", *_tensor_lines(known)])
+
+
+def _stage_lines(one: Mapping[str, Any]) -> list[str]:
+    blend = ", ".join(f"{name} {share:g}" for name, share in one["blend"].items())
+    tokens = f", {one['tokens']:,} tokens" if one["tokens"] is not None else ""
+    lines = [
+        f"  {one['stage']} ({one['status']}) from {one['from']}: {one['steps']} steps on "
+        f"{one['packs']} packs of {one['sequence_length']}{tokens}; learned "
+        f"{', '.join(one['trainable']) or 'nothing'}; data {blend}"
+    ]
+    lines += [f"    drawn: {text}" for text in one["drawn"]]
+    return lines + [f"    gate {name}: {value}" for name, value in one["gate"].items()]
+
+
+def _tensor_lines(known: Mapping[str, Any]) -> list[str]:
+    tensors = known["tensors"]
+    parameters = sum(tensors["parameters"].values())
+    parts = ", ".join(f"{name} {count:,}" for name, count in tensors["parameters"].items())
+    lines = [
+        f"  {tensors['count']} tensors, {_bytes(tensors['bytes_by_dtype'])}",
+        f"  {parameters:,} parameters ({parts})",
+        f"  decoder {tensors['pattern']}, {tensors['vocabulary']} tokens",
+    ]
+    state = known.get("training_state")
+    if state and state["count"]:
+        lines.append(
+            f"  training state: {state['count']} tensors, {_bytes(state['bytes_by_dtype'])}"
+        )
+    return lines
+
+
+def _bytes(by_dtype: Mapping[str, int]) -> str:
+    return ", ".join(f"{size / 1e9:.3f} GB {name}" for name, size in by_dtype.items())

@@ -1,0 +1,194 @@
+"""`mvl checkpoint export`: a checkpoint of any layout to a folder that Hugging Face programs load.
+
+Streams: names are mapped and tensors transformed one rule at a time, on the CPU, without a model.
+Padding rows of the vocabulary are no tokens and stay behind unless asked for. `bf16` casts every
+floating tensor to bfloat16, as the published weights are; `fp32` widens or keeps to float32; `fp8`
+and `nvfp4` quantize the decoder's linears with calibrated inputs (`quantized_layout`).
+
+Refuses: a checkpoint that is not its config's or not what its receipt says, a tokenizer that is not
+the model's, image handling that the exported processor does not have, an OUT that exists.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint_tools import release_files
+from checkpoint_tools.errors import ConversionError
+from checkpoint_tools.explain import PROVENANCE_FILE, provenance
+from checkpoint_tools.name_rules import Growth, name_table
+from checkpoint_tools.names import NameTable
+from checkpoint_tools.published_config import published_config
+from checkpoint_tools.published_folder import (
+    CHECKSUMS_FILE,
+    CONFIG_FILE,
+    INDEX_FILE,
+    SAFETENSORS,
+    index_text,
+    shard_name,
+)
+from checkpoint_tools.quantized_layout import (
+    FP8,
+    MODELOPT,
+    NVFP4,
+    QUANTIZED,
+    Quantization,
+    applies,
+    hf_quant_config,
+    outputs,
+    quantization_config,
+    quantizer,
+    read_amax,
+)
+from checkpoint_tools.safetensors_file import TensorSpec
+from checkpoint_tools.stage_source import StageSource, open_stage
+from checkpoint_tools.streaming import Record, Report, Stream, Task, cast, plan_shards
+from checkpoint_tools.tensor_bytes import DTYPE_NAMES
+from checkpoint_tools.workspace import Workspace, files_identity
+from megatron_vl.run.versions import versions
+
+FORMATS = {
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    FP8: torch.bfloat16,
+    NVFP4: torch.bfloat16,
+}
+"""Type of what is not quantized."""
+SHARD_BYTES = 4 * 10**9
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a checkpoint is exported.
+
+    Attributes:
+        format: a name of `FORMATS`.
+        shard_bytes: most bytes of one shard.
+        keep_padding: publish the vocabulary's padding rows too.
+        check_digest: compare the files with the stage's receipt first; reads all of them.
+        tokenizer: a tokenizer.json; by default the one beside the checkpoint or its data.
+        layout: of the quantized formats, a name of `LAYOUTS`.
+        amax: calibrated inputs, an amax.safetensors; the quantized formats need it.
+    """
+
+    format: str = "bf16"
+    shard_bytes: int = SHARD_BYTES
+    keep_padding: bool = False
+    check_digest: bool = True
+    tokenizer: Path | None = None
+    layout: str = MODELOPT
+    amax: Path | None = None
+
+
+def export(path: Path, out: Path, options: ExportOptions, report: Report) -> None:
+    """Write the release folder `out`.
+
+    Args:
+        path: a run, a stage folder or a checkpoint.
+    """
+    source = open_stage(path)
+    files = release_files.gather(source, options.tokenizer)
+    if options.check_digest:
+        source.check_digest()
+    rows = source.config.model.vocab_size
+    if options.keep_padding:
+        rows = source.config.model.padded_vocab_size
+    table = name_table(
+        source.config.model, Growth(rows, source.config.model.encoder.num_prefix_tokens)
+    )
+    chosen = _quantization(options, table)
+    tasks = export_tasks(source, table, FORMATS[options.format], chosen)
+    specs = {name: spec for task in tasks for name, spec in task.outputs.items()}
+    shards = plan_shards(tasks, options.shard_bytes, shard_name)
+    plan = {
+        "what": "export",
+        "shards": [[s.file, {n: _plain(t) for n, t in s.specs.items()}] for s in shards],
+        "source": files_identity(source.checkpoint.folder),
+        "inputs": {n: v.item() for n, v in chosen.inputs.items()} if chosen else None,
+    }
+    with Workspace(out, plan) as workspace:
+        constants = {c.name: c.value for c in table.constants}
+        stream = Stream(
+            lambda name: constants[name] if name in constants else source.checkpoint.read(name),
+            workspace,
+            workspace.path,
+            SAFETENSORS,
+            report,
+        )
+        records = stream.run(shards)
+        dtype = str(FORMATS[options.format]).removeprefix("torch.")
+        config = published_config(source.config, rows, dtype, files.ids)
+        if chosen is not None:
+            config["quantization_config"] = quantization_config(chosen, table.rules)
+            if chosen.layout == MODELOPT:
+                said = hf_quant_config(chosen, table.rules)
+                (workspace.path / "hf_quant_config.json").write_text(json.dumps(said, indent=2))
+        _write_rest(workspace.path, source, files, config, records, specs)
+        workspace.publish()
+
+
+def _quantization(options: ExportOptions, table: NameTable) -> Quantization | None:
+    if options.format not in QUANTIZED:
+        return None
+    if options.amax is None:
+        raise ConversionError(
+            f"--format {options.format} needs the calibrated inputs: --amax amax.safetensors"
+        )
+    inputs = read_amax(options.amax, table.rules)
+    return Quantization(options.format, options.layout, inputs)
+
+
+def export_tasks(
+    source: StageSource, table: NameTable, dtype: torch.dtype, chosen: Quantization | None = None
+) -> list[Task]:
+    """The work of an export: the constants, then every rule of the table."""
+    constants = [
+        Task((c.name,), {c.name: TensorSpec(c.value.dtype, tuple(c.value.shape))}, list)
+        for c in table.constants
+        if c.written
+    ]
+    tasks = []
+    for rule in table.rules:
+        inputs = tuple(slot.name for slot in rule.stored)
+        if chosen is not None and applies(rule):
+            tasks.append(Task(inputs, outputs(rule, chosen), quantizer(rule, chosen)))
+            continue
+        stored = source.checkpoint.tensors[inputs[0]].dtype
+        specs = {slot.name: cast(dtype, TensorSpec(stored, slot.shape)) for slot in rule.published}
+        tasks.append(Task(inputs, specs, rule.to_published))
+    return constants + tasks
+
+
+def _plain(spec: TensorSpec) -> list[Any]:
+    return [DTYPE_NAMES[spec.dtype], list(spec.shape)]
+
+
+def _write_rest(
+    folder: Path,
+    source: StageSource,
+    files: release_files.ReleaseFiles,
+    config: dict[str, Any],
+    records: dict[str, Record],
+    specs: dict[str, TensorSpec],
+) -> None:
+    """Everything that is not a shard; the checksums last, as they cover the rest."""
+    (folder / INDEX_FILE).write_text(index_text(records, specs))
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    files.write(folder, source, config, sum(spec.num_bytes for spec in specs.values()))
+    made = {"made_by": "mvl checkpoint export", **provenance(source), "exported_with": versions()}
+    (folder / PROVENANCE_FILE).write_text(json.dumps(made, indent=1) + "\n")
+    tensors = {
+        name: {"file": file, **entry}
+        for file, record in records.items()
+        for name, entry in record.items()
+    }
+    checksums = {
+        "schema": 1,
+        "algorithm": "sha256",
+        "files": release_files.file_hashes(folder, skip=set(records)),
+        "tensors": tensors,
+    }
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1) + "\n")

@@ -1,0 +1,154 @@
+"""safetensors files, read and written tensor by tensor.
+
+The library writes a file from tensors that are all in memory; here a shard's header is written
+first, from shapes alone, and each tensor follows as it comes. Reading checks what the library
+checks (a header that covers the file exactly) and says which file is wrong.
+
+Refuses anything that is not such a file, pickles first of all: nothing here unpickles.
+Source of the format: https://github.com/huggingface/safetensors.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint_tools.errors import ConversionError
+from checkpoint_tools.tensor_bytes import DTYPE_NAMES, DTYPES, num_bytes, raw, read_tensor
+
+SUFFIX = ".safetensors"
+_LENGTH_BYTES = 8
+_MOST_HEADER_BYTES = 100_000_000
+_MAX_WRITE = 1 << 30
+"""Bytes of one write call; Linux takes 2 GiB at most."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that is not there yet."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return num_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor inside a file: `offset` counts from the file's first byte."""
+
+    spec: TensorSpec
+    offset: int
+
+
+def header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:
+    """The header of a file whose tensors follow in this order, its length in front."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in specs.items():
+        entries[name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.num_bytes],
+        }
+        offset += spec.num_bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a file, in the order they lie.
+
+    Raises:
+        ConversionError: the file is no safetensors file, is cut off, or its header and its length
+            disagree.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_LENGTH_BYTES)
+        length = int.from_bytes(start, "little")
+        text = file.read(length) if length <= _MOST_HEADER_BYTES else b""
+    if not text.startswith(b"{"):
+        kind = (
+            "a pickle or a torch.save archive" if start[:2] in (b"PK", b"\x80\x02") else "not one"
+        )
+        raise ConversionError(
+            f"{path} should be a safetensors file and is {kind}; it was not opened any further. "
+            "Convert it with the program that wrote it"
+        )
+    try:
+        listed = json.loads(text)
+        listed.pop("__metadata__", None)
+        entries = {
+            name: Entry(
+                TensorSpec(DTYPES[value["dtype"]], tuple(value["shape"])),
+                _LENGTH_BYTES + length + value["data_offsets"][0],
+            )
+            for name, value in sorted(listed.items(), key=lambda item: item[1]["data_offsets"])
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(
+            f"{path}: its header cannot be read ({error!r}); the file is damaged or cut off"
+        ) from error
+    end = _LENGTH_BYTES + length
+    for name, entry in entries.items():
+        if entry.offset != end:
+            raise ConversionError(f"{path}: {name} does not lie where the tensor before it ends")
+        end += entry.spec.num_bytes
+    if end != size:
+        raise ConversionError(f"{path} has {size} bytes, its header describes {end}: it is cut off")
+    return entries
+
+
+def read_entry(path: Path, entry: Entry) -> Tensor:
+    """One tensor of a file whose header has been read."""
+    return read_tensor(path, entry.offset, entry.spec.dtype, entry.spec.shape)
+
+
+class SafetensorsWriter:
+    """Writes one file; tensors come in the order of `specs`.
+
+    Args:
+        path: the file, replaced if it is there.
+        specs: every tensor, in order.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._waiting = dict(specs)
+        write_all(self._file, memoryview(header_bytes(specs)))
+
+    def write(self, name: str, tensor: Tensor) -> dict[str, int]:
+        """Append the next tensor."""
+        expected = next(iter(self._waiting))
+        spec = self._waiting.pop(expected)
+        assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, spec.dtype, spec.shape)
+        write_all(self._file, raw(tensor))
+        return {}
+
+    def finish(self) -> None:
+        """Flush to disk and close."""
+        assert not self._waiting
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def close(self) -> None:
+        """Close without more ado, after an error."""
+        self._file.close()
+
+
+def write_all(file: Any, view: memoryview) -> None:
+    """Write a view through an unbuffered file, in as many calls as it takes."""
+    done = 0
+    while done < len(view):
+        done += file.write(view[done : done + _MAX_WRITE])

@@ -1,0 +1,106 @@
+"""Tensors as bytes: raw little-endian contents, their hashes, and pieces of a file."""
+
+import hashlib
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types by the names a safetensors header uses."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy."""
+    assert tensor.is_contiguous()
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes of a dense tensor."""
+    return math.prod(shape) * dtype.itemsize
+
+
+def sha256(tensor: Tensor) -> str:
+    """SHA-256 of a contiguous tensor's bytes, in hexadecimal."""
+    return hashlib.sha256(raw(tensor)).hexdigest()
+
+
+class FilePiece(io.RawIOBase):
+    """A stretch of a file, read as a file of its own; several may be read one after another.
+
+    Args:
+        path: the file.
+        offset, length: the stretch. [bytes]
+    """
+
+    def __init__(self, path: Path, offset: int, length: int) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._offset, self._length = offset, length
+        self._file.seek(offset)
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """Position inside the stretch."""
+        return self._file.tell() - self._offset
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move inside the stretch; returns the new position."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._length}[whence]
+        self._file.seek(self._offset + start + offset)
+        return start + offset
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` as far as the stretch goes; returns the bytes read."""
+        room = memoryview(buffer)[: max(0, self._length - self.tell())]
+        return self._file.readinto(room) or 0
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
+def read_tensor(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A dense tensor from raw bytes in a file.
+
+    Raises:
+        EOFError: the file ends before the tensor does.
+    """
+    size = num_bytes(dtype, shape)
+    tensor = torch.empty(size, dtype=torch.uint8)
+    with FilePiece(path, offset, size) as piece:
+        view, done = tensor.numpy().data, 0
+        while done < size:
+            count = piece.readinto(view[done:])
+            if not count:
+                raise EOFError(f"{path} ends {size - done} bytes early")
+            done += count
+    return tensor.view(dtype).reshape(shape)

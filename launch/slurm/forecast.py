@@ -1,0 +1,115 @@
+"""What a submission would send to Slurm: the job of every stage and the hours it should take.
+
+Hours follow from the tokens a second that the site states for a GPU; saves and the warning before
+the time limit from what the run has measured so far, where it has. Nothing here asks Slurm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.site_schema import SiteConfig
+from launch.slurm.script import render, stage_job
+from launch.slurm.shape import Measured, Shape, shape_of
+from launch.snapshot import snapshot_folder
+from launch.submission import Stages, folder_name
+from launch.tables import print_table
+from megatron_vl.config.errors import ConfigError
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.run.folder import RunFolder, StageFolder
+from megatron_vl.run.metrics import read_metrics, step_lines
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """One stage's job."""
+
+    stage: str
+    script: str
+    shape: Shape
+    measured: bool
+    """Whether the warning's lead comes from saves of this run."""
+
+
+def plan_jobs(stages: Stages, site: SiteConfig, run: RunFolder) -> list[JobPlan]:
+    """The job of every stage, in order. Raises ConfigError with the problems of all."""
+    code, workdir = snapshot_folder(run), Path.cwd()
+    found: list[JobPlan] = []
+    problems: list[str] = []
+    for index, (name, _, config) in enumerate(stages):
+        folder = run.path / "stages" / folder_name(index, name)
+        took = measured(run, StageFolder(folder, name))
+        try:
+            shape = shape_of(config, site, took)
+            job = stage_job(run.path, name, folder.name, code, workdir)
+            found.append(JobPlan(name, render(job, site, shape), shape, took is not None))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return found
+
+
+def script_of(
+    run: RunFolder,
+    stage: StageFolder,
+    config: StageConfig,
+    site: SiteConfig,
+    code: Path,
+    command: Sequence[str] | None = None,
+) -> str:
+    """The script of a stage of a run as it would be submitted now. Raises ConfigError."""
+    workdir = Path(run.plan()["workdir"])
+    job = stage_job(run.path, stage.name, stage.path.name, code, workdir, command)
+    return render(job, site, shape_of(config, site, measured(run, stage)))
+
+
+def measured(run: RunFolder, stage: StageFolder) -> Measured | None:
+    """What earlier attempts at a stage took; None before its first save."""
+    saves = [
+        event["seconds"]
+        for event in run.journal.read()
+        if event["event"] == "saved" and event["stage"] == stage.name
+    ]
+    steps = [line["seconds"] for line in step_lines(read_metrics(stage.metrics_path))]
+    return Measured(max(saves), max(steps)) if saves and steps else None
+
+
+def print_jobs(jobs: Sequence[JobPlan], site: SiteConfig) -> None:
+    """A table of the jobs, and what they add up to."""
+    rows = [
+        (
+            job.stage,
+            f"{job.shape.nodes:,}",
+            f"{job.shape.tasks}",
+            f"{job.shape.gpus}",
+            f"{site.time.limit_minutes} min",
+            f"{job.shape.lead_seconds} s" + "*" * job.measured,
+            _hours(job.shape.work_hours),
+            _hours(job.shape.wall_hours),
+            str(job.shape.starts or "?"),
+            _hours(job.shape.gpu_hours),
+        )
+        for job in jobs
+    ]
+    names = ("job", "nodes", "ranks/node", "GPUs/node", "limit", "warning", "steps take")
+    print_table("", (*names, "wall time", "starts", "GPU hours"), rows, left=1)
+    if any(job.measured for job in jobs):
+        print("* from the saves and steps this run has measured")
+    unknown = [job.stage for job in jobs if job.shape.gpu_hours is None]
+    if unknown:
+        print(f"hours are left out for {', '.join(unknown)}: the site states no tokens_per_s")
+        return
+    hours = sum(job.shape.gpu_hours or 0.0 for job in jobs)
+    wall = sum(job.shape.wall_hours or 0.0 for job in jobs)
+    per = "GPU" if site.nodes.gpus else "rank"
+    print(f"{_hours(wall)} of wall time, {hours:,.1f} {per} hours, without waiting in the queue")
+
+
+def _hours(hours: float | None) -> str:
+    """A length of time for a table."""
+    if hours is None:
+        return "?"
+    if hours < 1:
+        return f"{hours * 60:.1f} min"
+    return f"{hours:,.1f} h"

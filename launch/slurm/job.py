@@ -1,0 +1,244 @@
+"""The books of a stage's job: what its script asks before and after the ranks run.
+
+`mvl job-begin` settles an attempt that was cut off without a word, checks the parent's receipt and
+digest, and opens the next attempt. `mvl job-end` reads what the ranks left, names the class of the
+ending and decides: done, again, stopped or held. Both talk to the script in words on standard
+output and to people on standard error, which is the job's log. Neither asks Slurm anything, so they
+run inside a container too; what Slurm knows is passed to them.
+
+Costs half a second each, and at the start a read of the parent's checkpoint for its digest.
+"""
+
+import os
+import socket
+import sys
+import time
+from argparse import Namespace
+from dataclasses import replace
+from datetime import datetime
+
+from launch import exit_codes
+from launch.attempt import Events, begin_attempt, saved_step, write_own_receipt
+from launch.causes import Cause, classify
+from launch.post_mortem import Findings, write_post_mortem
+from launch.site import load_site
+from launch.site_schema import RequeueSection
+from launch.slurm.budget import Decision, Ending, decide, endings
+from launch.slurm.evidence import BEGIN_MARK, Account, gather
+from launch.submission import SITE_FILE
+from megatron_vl.config.load import load_stage
+from megatron_vl.run.folder import ParentError, RunFolder, StageFolder
+from megatron_vl.run.receipt import Receipt, now
+from megatron_vl.run.stop import Stop
+
+
+def begin(args: Namespace) -> int:
+    """Open the next attempt; prints `start ATTEMPT PORT`, `done`, or `held`."""
+    run = RunFolder(args.run)
+    stage = run.stage(args.stage)
+    receipt = stage.receipt()
+    if receipt is not None and receipt.done:
+        _say(f"{stage.name} is done at step {receipt.step}; nothing to do")
+        print("done")
+        return exit_codes.OK
+    if _is_cancelled(run.journal.read(), stage.name):
+        _say(f"{stage.name} was cancelled (mvl cancel); nothing was started")
+        print("held")
+        return exit_codes.OK
+    if not _settled(run, stage):
+        held = _settle(run, stage)
+        if held:
+            _say(held)
+            print("held")
+            return exit_codes.OK
+    config = load_stage(stage.config_path)
+    try:
+        attempt = begin_attempt(run, stage, config)
+    except ParentError as error:
+        _say(str(error))
+        print("held")
+        return exit_codes.OK
+    run.journal.append(
+        "started",
+        stage=stage.name,
+        attempt=attempt,
+        ranks=config.parallel.ranks,
+        nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
+        restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        from_step=saved_step(run.journal.read(), stage.name),
+    )
+    _say(BEGIN_MARK.format(attempt=attempt))
+    print(f"start {attempt} {_free_port()}")
+    return exit_codes.OK
+
+
+def end(args: Namespace) -> int:
+    """Close an attempt; prints `done`, `again`, `stopped` or `held`."""
+    run = RunFolder(args.run)
+    stage = run.stage(args.stage)
+    if stage.last_attempt() != args.attempt:
+        _say(f"attempt {stage.last_attempt()} has begun since; this one decides nothing")
+        print("stopped")
+        return exit_codes.OK
+    if args.warned or args.asked:
+        what = "USR1" if args.warned else "TERM"
+        run.journal.append("signalled", stage=stage.name, attempt=args.attempt, signal=what)
+    print(_close(run, stage, args.attempt, args.slurm, restarted=False))
+    return exit_codes.OK
+
+
+def _settle(run: RunFolder, stage: StageFolder) -> str:
+    """Close an attempt that was cut off before its job could; why to hold, if Slurm restarted it
+    once too often. A start that a person asked for is never held."""
+    attempt = stage.last_attempt()
+    job = _started(run.journal.read(), stage, attempt).get("job")
+    restarted = job is not None and job == os.environ.get("SLURM_JOB_ID")
+    word = _close(run, stage, attempt, "", restarted=restarted)
+    receipt = stage.receipt()
+    assert receipt is not None
+    _say(f"attempt {attempt} was cut off: {receipt.reason}")
+    return receipt.reason if restarted and word == "held" else ""
+
+
+def _close(run: RunFolder, stage: StageFolder, attempt: int, slurm: str, *, restarted: bool) -> str:
+    """Write what is missing of an attempt's receipt, journal its end, and decide."""
+    events = run.journal.read()
+    account = gather(stage, attempt, events, slurm)
+    receipt = stage.receipt()
+    if receipt is not None and receipt.done:
+        _journal_end(run, receipt, attempt, None, progressed=True)
+        return "done"
+    cause = _cause(receipt, account, restarted=restarted)
+    if receipt is None:
+        receipt = _write(run, stage, attempt, events, cause, account)
+    before = saved_step(events, stage.name, before_attempt=attempt)
+    ending = Ending(cause, saved_step(events, stage.name) > before)
+    decision = decide(ending, endings(events, stage.name), _budgets(run))
+    if not decision.again and cause is not Cause.stopped:
+        receipt = _hold(run, stage, attempt, receipt, cause, decision, account)
+    _journal_end(run, receipt, attempt, cause, progressed=ending.progressed)
+    if cause is Cause.stopped:
+        return "stopped"
+    if not decision.again:
+        return "held"
+    run.journal.append("requeued", stage=stage.name, attempt=attempt, cause=cause.value)
+    return "again"
+
+
+def _cause(receipt: Receipt | None, account: Account, *, restarted: bool) -> Cause:
+    """The class of an ending; the trainer's own receipt comes before what others tell."""
+    found = classify(account.evidence)
+    if receipt is not None and receipt.status == "incomplete":
+        if found.is_external or found is Cause.time_limit or account.evidence.cancelled:
+            return found
+        if receipt.reason.startswith(Stop.time_limit.words):
+            return Cause.time_limit
+        # Ranks beside one that failed are asked to stop too.
+        return Cause.stopped if account.result.first_failed is None else found
+    silent = account.result.first_failed is None and found is Cause.crashed
+    # Slurm started the job again and nobody on the lost node could say why.
+    return Cause.node_lost if restarted and silent else found
+
+
+def _write(
+    run: RunFolder,
+    stage: StageFolder,
+    attempt: int,
+    events: Events,
+    cause: Cause,
+    account: Account,
+) -> Receipt:
+    """The receipt of ranks that left none."""
+    begun = _started(events, stage, attempt).get("time", now())
+    lost = max(0.0, time.time() - datetime.fromisoformat(begun).timestamp())
+    ended_well = account.result.first_failed is None
+    words = account.ending or "its ranks left no receipt and no word"
+    if ended_well and cause is Cause.crashed:
+        words = "all ranks ended, but the trainer wrote no receipt"
+    unfinished = cause.is_external or cause in (Cause.time_limit, Cause.stopped)
+    return write_own_receipt(
+        run,
+        stage,
+        load_stage(stage.config_path),
+        "incomplete" if unfinished else "failed",
+        f"{cause.value}: {words}",
+        started=begun,
+        lost=lost,
+    )
+
+
+def _hold(
+    run: RunFolder,
+    stage: StageFolder,
+    attempt: int,
+    receipt: Receipt,
+    cause: Cause,
+    decision: Decision,
+    account: Account,
+) -> Receipt:
+    """Turn the receipt into `held`, and write the page that says why."""
+    started = _started(run.journal.read(), stage, attempt)
+    facts = {"job": str(started.get("job")), "nodes": str(started.get("nodes")) or "unknown"}
+    facts["last saved step"] = str(saved_step(run.journal.read(), stage.name))
+    page = write_post_mortem(
+        run, stage, attempt,
+        Findings(cause, receipt.reason, decision.reason, account.log, account.slurm_words, facts),
+    )  # fmt: skip
+    where = page.relative_to(stage.path)
+    reason = f"{receipt.reason}\nheld: {decision.reason}; see {where}"
+    held = replace(receipt, status="held", reason=reason)
+    stage.write_receipt(held)
+    return held
+
+
+def _journal_end(
+    run: RunFolder, receipt: Receipt, attempt: int, cause: Cause | None, *, progressed: bool
+) -> None:
+    run.journal.append(
+        "ended",
+        stage=receipt.stage,
+        attempt=attempt,
+        status=receipt.status,
+        step=receipt.step,
+        cause=cause.value if cause else None,
+        progressed=progressed,
+    )
+
+
+def _is_cancelled(events: Events, stage: str) -> bool:
+    """Whether a person cancelled this very job while it waited."""
+    mine = (stage, os.environ.get("SLURM_JOB_ID"))
+    return any(e["event"] == "cancelled" and (e["stage"], e["job"]) == mine for e in events)
+
+
+def _settled(run: RunFolder, stage: StageFolder) -> bool:
+    """Whether the latest attempt's end is on record (or there is none)."""
+    attempt = stage.last_attempt()
+    return attempt == 0 or any(
+        event["event"] == "ended" and event["stage"] == stage.name and event["attempt"] == attempt
+        for event in run.journal.read()
+    )
+
+
+def _started(events: Events, stage: StageFolder, attempt: int) -> dict:
+    found = [
+        event
+        for event in events
+        if (event["event"], event["stage"], event["attempt"]) == ("started", stage.name, attempt)
+    ]
+    return found[-1] if found else {}
+
+
+def _budgets(run: RunFolder) -> RequeueSection:
+    return load_site(str(run.path / SITE_FILE)).requeue
+
+
+def _free_port() -> int:
+    """A port that is free on this node, the first of the job, where rank 0 runs."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,107 @@
+"""`mvl submit`, `mvl resume` and `mvl cancel`, on this machine or on a cluster as the site says.
+
+Everything that can be refused is refused before the run folder is made, locked or changed, and
+before anything is queued.
+"""
+
+import shlex
+from argparse import Namespace
+from pathlib import Path
+
+from launch import chain, exit_codes
+from launch.lock import RunLock
+from launch.site import load_site
+from launch.site_schema import Launcher, SiteConfig
+from launch.slurm import chain as jobs
+from launch.slurm import watch
+from launch.slurm.forecast import plan_jobs
+from launch.submission import (
+    SITE_FILE,
+    Selection,
+    Stages,
+    changed_stages,
+    check_data,
+    open_recipe,
+    prepare,
+    run_folder,
+    select,
+)
+from megatron_vl.config.errors import ConfigError
+from megatron_vl.run.folder import RunFolder
+
+
+def submit(args: Namespace) -> int:
+    """Prepare the run folder, then run its stages or queue them."""
+    run = run_folder(args.run)
+    site = load_site(args.site)
+    selection = Selection(args.first, args.last, tuple(args.skip))
+    _, stages, narrowed = open_recipe(Path(args.recipe), selection, args.overrides)
+    names = select([name for name, _, _ in stages], narrowed)
+    chosen = [stage for stage in stages if stage[0] in names]
+    check_data(args.recipe, [config for _, _, config in chosen])
+    if site.launcher is Launcher.slurm:
+        _refuse_on_slurm(run, stages, names, site)
+    lock = RunLock.take(run)
+    selected = prepare(Path(args.recipe), run, selection, args.site, args.overrides)
+    print(f"{run.path}: {len(selected)} of {len(stages)} stages: {', '.join(selected)}", flush=True)
+    if site.launcher is Launcher.slurm:
+        return _send(run, selected, lock, follow=args.follow)
+    run.journal.append("submitted", stages=selected, site=args.site, follow=args.follow)
+    return chain.start(run, site.grace_seconds, lock, follow=args.follow)
+
+
+def resume(args: Namespace) -> int:
+    """Go on with a run as it was planned, from its first stage that is not done or from --from."""
+    run = RunFolder(args.run)
+    plan = run.plan()
+    site = load_site(str(run.path / SITE_FILE))
+    selected: list[str] = plan["selected"]
+    if args.first is not None:
+        first = run.stage(args.first).name
+        names = [stage.name for stage in run.stages()]
+        selected = names[names.index(first) :]
+    lock = RunLock.take(run)
+    if selected != plan["selected"]:
+        run.create(plan | {"selected": selected})
+    if site.launcher is Launcher.slurm:
+        return _send(run, selected, lock, follow=args.follow)
+    run.journal.append("submitted", stages=selected, site=plan["site"], follow=args.follow)
+    return chain.start(run, site.grace_seconds, lock, follow=args.follow)
+
+
+def cancel(args: Namespace) -> int:
+    """Stop a run and all its processes or jobs; what they have learned is saved."""
+    run = RunFolder(args.run)
+    if run.plan().get("launcher") == Launcher.slurm.name:
+        return watch.cancel(run, at_once=args.now)
+    if args.now:
+        raise ConfigError("--now is for runs on a cluster; here the grace is the site's")
+    return chain.stop(run)
+
+
+def _refuse_on_slurm(run: RunFolder, stages: Stages, names: list[str], site: SiteConfig) -> None:
+    """What Slurm or a running job forbids."""
+    planned = plan_jobs(stages, site, run)
+    if run.exists():
+        jobs.refuse_running(run, changed_stages(run, stages))
+    else:
+        jobs.preflight({job.stage: job.script for job in planned if job.stage in names})
+
+
+def _send(run: RunFolder, selected: list[str], lock: RunLock, *, follow: bool) -> int:
+    """Queue the stages and say what was done."""
+    try:
+        sent = jobs.send(run, selected)
+    finally:
+        lock.release()
+    for name in sent.done:
+        print(f"{name}: done before; not run again")
+    for name, job in sent.kept.items():
+        print(f"{name}: in the queue already, job {job}")
+    for name, job in sent.new.items():
+        print(f"{name}: job {job}, {run.stage(name).path / jobs.SCRIPT}")
+    quoted = shlex.quote(str(run.path))
+    if follow and (sent.new or sent.kept):
+        return watch.follow(run, selected)
+    print(f"watch: mvl status {quoted}    stop: mvl cancel {quoted}")
+    return exit_codes.OK
