@@ -5,8 +5,9 @@
 
 Random bfloat16 weights of one width and growing depth. Conversions and copies take turns, the best
 of three counts; each conversion runs in a fresh process, whose start is not timed and whose
-anonymous resident memory (RssAnon) is sampled. Export compares the checkpoint with its receipt only on the
-second line: that reads and hashes every byte once more. Everything written is fsynced by both.
+anonymous resident memory (RssAnon) is sampled. Export compares the checkpoint with its receipt only
+on the second line: that reads and hashes every byte once more. Everything written is fsynced by
+both.
 """
 
 import argparse

@@ -5,8 +5,8 @@ pass. Which layers are marked is counted from the first layer of each pipeline s
 of the encoder (see `RecomputeConfig`).
 
 Why: megatron-core's MambaStack has no activation recompute, and its TransformerBlock has one that
-knows nothing of frozen parts. Whatever a layer records while it runs (an amax) is recorded twice and
-must not mind.
+knows nothing of frozen parts. Whatever a layer records while it runs (an amax) is recorded twice
+and must not mind.
 
 What it refuses: dropout (AssertionError), because no random state is kept for the second pass. What
 it costs: one more forward pass of each marked layer; nothing where no gradient is asked for (a

@@ -60,7 +60,7 @@ def test_two_documents_and_padding() -> None:
     assert [pack.document_ids_L.dtype, pack.cu_seqlens.dtype] == [np.int32, np.int32]
 
 
-def test_documents_are_padded_to_the_alignment() -> None:
+def test_every_document_is_padded_on_its_own() -> None:
     rows = [document([1] * 5, [0] * 5), document([2] * 4, [-1, 0, 0, 0])]
     pack = lay_out(rows, length=16, pad_token=9, alignment=4)
     assert pack.tokens_L.tolist() == [1] * 5 + [9] * 3 + [2] * 4 + [9] * 4
