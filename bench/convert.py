@@ -11,6 +11,7 @@ both.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import shutil
@@ -87,8 +88,6 @@ def _config(gigabytes: float) -> StageConfig:
 
 def _tokenizer() -> str:
     """A tokenizer.json of the vocabulary's size; what it encodes does not matter here."""
-    import json
-
     words = [*CONTROL_TOKENS, *(f"w{i}" for i in range(_VOCABULARY)), *VISION_TOKENS]
     words = [*words[: _VOCABULARY - len(VISION_TOKENS)], *VISION_TOKENS]
     special = {*CONTROL_TOKENS, *VISION_TOKENS}
@@ -116,8 +115,6 @@ def _write_published(folder: Path, stage: StageConfig) -> int:
         writer.write(name, torch.randn(spec.shape, generator=generator).bfloat16())
     writer.finish()
     ids = TokenIds(begin=1, end_of_turn=12, pad=0, image=_VOCABULARY - 10, video=_VOCABULARY - 1)
-    import json
-
     config = published_config(stage, _VOCABULARY, "bfloat16", ids)
     (folder / CONFIG_FILE).write_text(json.dumps(config))
     record: dict[str, dict[str, Any]] = {name: {} for name in specs}
@@ -184,9 +181,11 @@ def _copy(source: Path, out: Path) -> tuple[float, int]:
 
 
 def _bench(gigabytes: float, base: Path) -> None:
-    published, stage, out = base / "published", base / "stage", base / "out"
-    size = _write_published(published, _config(gigabytes))
-    _fresh(_import, published, stage)
+    random, published, stage, out = (base / name for name in ("random", "hf", "stage", "out"))
+    size = _write_published(random, _config(gigabytes))
+    _fresh(_import, random, stage)
+    shutil.rmtree(random)
+    _fresh(_export, stage, published, False)  # the same, with recorded hashes
     runs: dict[str, Callable[[], tuple[float, int]]] = {
         "cp + fsync": lambda: _copy(published, out),
         "import": lambda: _fresh(_import, published, out),

@@ -9,7 +9,6 @@ Source of the format: https://github.com/huggingface/safetensors.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,14 @@ import torch
 from torch import Tensor
 
 from checkpoint_tools.errors import ConversionError
-from checkpoint_tools.tensor_bytes import DTYPE_NAMES, DTYPES, num_bytes, raw, read_tensor
+from checkpoint_tools.tensor_bytes import (
+    DTYPE_NAMES,
+    DTYPES,
+    Flusher,
+    mapped_tensor,
+    num_bytes,
+    raw,
+)
 
 SUFFIX = ".safetensors"
 _LENGTH_BYTES = 8
@@ -112,7 +118,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 def read_entry(path: Path, entry: Entry) -> Tensor:
     """One tensor of a file whose header has been read."""
-    return read_tensor(path, entry.offset, entry.spec.dtype, entry.spec.shape)
+    return mapped_tensor(path, entry.offset, entry.spec.dtype, entry.spec.shape)
 
 
 class SafetensorsWriter:
@@ -125,6 +131,7 @@ class SafetensorsWriter:
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         self._file = path.open("wb", buffering=0)
+        self._flusher = Flusher(self._file)
         self._waiting = dict(specs)
         write_all(self._file, memoryview(header_bytes(specs)))
 
@@ -134,17 +141,17 @@ class SafetensorsWriter:
         spec = self._waiting.pop(expected)
         assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, spec.dtype, spec.shape)
         write_all(self._file, raw(tensor))
+        self._flusher.written(self._file.tell())
         return {}
 
     def finish(self) -> None:
         """Flush to disk and close."""
         assert not self._waiting
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._flusher.close(flush=True)
 
     def close(self) -> None:
         """Close without more ado, after an error."""
-        self._file.close()
+        self._flusher.close(flush=False)
 
 
 def write_all(file: Any, view: memoryview) -> None:

@@ -3,8 +3,11 @@
 import hashlib
 import io
 import math
+import mmap
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +29,10 @@ DTYPES = {
 """Types by the names a safetensors header uses."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+_FLUSH_BYTES = 128 << 20
+"""Bytes written between two background flushes."""
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -88,19 +95,50 @@ class FilePiece(io.RawIOBase):
         super().close()
 
 
-def read_tensor(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """A dense tensor from raw bytes in a file.
+def mapped_tensor(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A dense tensor whose numbers are the bytes of a file, read when they are used.
+
+    The pages belong to the file, so they count as no memory of this process. Writing to the tensor
+    does not reach the file.
 
     Raises:
         EOFError: the file ends before the tensor does.
     """
     size = num_bytes(dtype, shape)
-    tensor = torch.empty(size, dtype=torch.uint8)
-    with FilePiece(path, offset, size) as piece:
-        view, done = tensor.numpy().data, 0
-        while done < size:
-            count = piece.readinto(view[done:])
-            if not count:
-                raise EOFError(f"{path} ends {size - done} bytes early")
-            done += count
-    return tensor.view(dtype).reshape(shape)
+    with path.open("rb") as file:
+        missing = offset + size - os.fstat(file.fileno()).st_size
+        if missing > 0:
+            raise EOFError(f"{path} ends {missing} bytes early")
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    flat = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=offset)
+    return flat.view(dtype).reshape(shape)
+
+
+class Flusher:
+    """Starts the flush of a growing file early, in the background, so that its end waits less.
+
+    Args:
+        file: the file, open for writing.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._pool = ThreadPoolExecutor(1)
+        self._running: Future[None] | None = None
+        self._flushed = 0
+
+    def written(self, size: int) -> None:
+        """Say that the file has so many bytes now."""
+        idle = self._running is None or self._running.done()
+        if idle and size - self._flushed >= _FLUSH_BYTES:
+            self._flushed = size
+            self._running = self._pool.submit(os.fsync, self._file.fileno())
+
+    def close(self, *, flush: bool) -> None:
+        """Wait for the background, flush the rest if asked, and close the file."""
+        self._pool.shutdown()
+        if flush:
+            os.fsync(self._file.fileno())
+        self._file.close()

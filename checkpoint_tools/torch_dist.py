@@ -11,9 +11,9 @@ optimizer's tensors and Transformer Engine's extra state are left alone.
 
 import json
 import math
-import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from checkpoint_tools.errors import ConversionError
 from checkpoint_tools.safetensors_file import TensorSpec
-from checkpoint_tools.tensor_bytes import FilePiece
+from checkpoint_tools.tensor_bytes import FilePiece, Flusher, mapped_tensor
 from megatron_vl.engine.checkpoint_trust import METADATA_FILE, check_index
 from megatron_vl.train.checkpoint import TRAINING_STATE
 
@@ -51,6 +51,7 @@ _CORE = {
     "common_backend_version": 1,
 }
 _COMMON_FILE = "common.pt"
+_UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 class DistributedCheckpoint:
@@ -110,7 +111,7 @@ class DistributedCheckpoint:
         path = self.folder / info.relative_path
         try:
             piece = load_archive(path, info.offset, info.length)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except _UNREADABLE as error:
             raise ConversionError(
                 f"{path} cannot be read where {name} lies ({error}); it is damaged or cut off"
             ) from error
@@ -122,8 +123,26 @@ class DistributedCheckpoint:
 
 
 def load_archive(path: Path, offset: int, length: int) -> Tensor:
-    """The tensor of one `torch.save` archive inside a file."""
+    """The tensor of one `torch.save` archive inside a file.
+
+    Such an archive is a zip file whose members are not compressed; a contiguous tensor is mapped
+    from where its numbers lie instead of being copied.
+    """
     with FilePiece(path, offset, length) as piece:
+        with zipfile.ZipFile(cast(IO[bytes], piece)) as archive:
+            members = [m for m in archive.infolist() if "/data/" in m.filename]
+        piece.seek(0)
+        if len(members) == 1 and members[0].compress_type == zipfile.ZIP_STORED:
+            with torch.serialization.skip_data():
+                form = torch.load(cast(IO[bytes], piece), map_location="cpu", weights_only=True)
+            if form.is_contiguous() and form.nbytes == members[0].file_size:
+                # A member's numbers follow its 30-byte header, its name and its extra field.
+                piece.seek(members[0].header_offset + 26)
+                sizes = piece.read(4)
+                skipped = 30 + sum(int.from_bytes(sizes[at : at + 2], "little") for at in (0, 2))
+                start = offset + members[0].header_offset + skipped
+                return mapped_tensor(path, start, form.dtype, tuple(form.shape))
+        piece.seek(0)
         return torch.load(cast(IO[bytes], piece), map_location="cpu", weights_only=True)
 
 
@@ -136,6 +155,7 @@ class DistributedWriter:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
+        self._flusher = Flusher(self._file)
 
     def write(self, name: str, tensor: Tensor) -> dict[str, int]:
         """Append one tensor; returns where it lies."""
@@ -150,16 +170,17 @@ class DistributedWriter:
     def _append(self, value: Any) -> dict[str, int]:
         offset = self._file.tell()
         torch.save(value, self._file)
-        return {"offset": offset, "length": self._file.tell() - offset}
+        end = self._file.tell()
+        self._flusher.written(end)
+        return {"offset": offset, "length": end - offset}
 
     def finish(self) -> None:
         """Flush to disk and close."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._flusher.close(flush=True)
 
     def close(self) -> None:
         """Close without more ado, after an error."""
-        self._file.close()
+        self._flusher.close(flush=False)
 
 
 def write_index(

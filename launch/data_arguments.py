@@ -143,6 +143,15 @@ def _add_looks(inside: Any, command: Command, overrides: Callable[[Any], None]) 
     _view(bench)
     overrides(bench)
 
+    ledger = command(
+        inside, "ledger", "launch.ledger:main",
+        "List the samples a stage has trained on, a line of JSON each.",
+        "mvl data ledger runs/demo stage1 --step 3",
+    )  # fmt: skip
+    ledger.add_argument("run", metavar="RUN", help="a run folder, such as runs/demo")
+    ledger.add_argument("stage", metavar="STAGE", help="a stage, such as stage1")
+    ledger.add_argument("--step", type=int, metavar="N", help="this step alone; default: all")
+
 
 def _workers(parser: Any, doing: str = "") -> None:
     parser.add_argument(

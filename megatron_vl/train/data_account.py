@@ -59,6 +59,7 @@ class TrainingData:
             report=self._report,
         )
         self._used_tokens = self._used_packs = 0
+        self._units = self._pruned = 0
         self._ledger: Ledger | None = None
         if torch.distributed.get_rank() == 0:
             self._ledger = Ledger(stage.path / "data.jsonl")
@@ -74,7 +75,10 @@ class TrainingData:
 
     def next_batch(self) -> list[Pack]:
         """See `PackLoader.next_batch`."""
-        return self._loader.next_batch()
+        packs = self._loader.next_batch()
+        self._units += sum(len(pack.grids) for pack in packs)
+        self._pruned += sum(len(pack.videos) for pack in packs)
+        return packs
 
     def used(self, step: int) -> None:
         """The batch handed out last has been trained on, in `step`."""
@@ -94,7 +98,8 @@ class TrainingData:
     def facts(self) -> dict[str, object]:
         """What the receipt says of the data; rank 0 knows it.
 
-        `data/fill` is the filled part of this attempt's packs, `data/bad` this rank's.
+        `data/fill` is the filled part of this attempt's packs; `data/bad`, `data/units` (tiles,
+        frames and whole images) and `data/pruned_videos` are this rank's.
         """
         assert self._ledger is not None
         room = self._used_packs * self._data.sequence_length
@@ -104,6 +109,8 @@ class TrainingData:
             "data/order": self._data.order.name,
             "data/fill": self._used_tokens / room if room else None,
             "data/samples": self._ledger.samples,
+            "data/units": self._units,
+            "data/pruned_videos": self._pruned,
             "data/left_out": sum(self._loader.dropped.values()),
             "data/bad": sum(self._loader.bad.counts.values()),
         }

@@ -1,12 +1,14 @@
 """The laptop recipe uses the whole data side: what receipts, ledgers and configs say."""
 
+import json
+
 import yaml
 
 from megatron_vl.config.load import load_stage
-from megatron_vl.data.ledger import lineage, read_lines
+from megatron_vl.data.ledger import digest_of, lineage, read_lines
 from megatron_vl.data.loader import PackLoader
 from megatron_vl.run.folder import RunFolder
-from tests.conftest import ShortRun
+from tests.conftest import ShortRun, mvl
 
 
 def test_receipts_tell_what_was_used(short_run: ShortRun) -> None:
@@ -27,6 +29,33 @@ def test_receipts_tell_what_was_used(short_run: ShortRun) -> None:
         assert [line["opened"]["plan"] for line in opened] == [said["data/plan"]]
         assert (stage.path / "plan_mark.json").exists()
         assert not list(stage.path.glob("bad_samples.*"))
+
+
+def test_receipts_tell_of_pictures_and_pruned_clips(short_run: ShortRun) -> None:
+    said = {
+        stage.name: stage.receipt().metrics  # type: ignore[union-attr]
+        for stage in RunFolder(short_run.path).stages()
+    }
+    assert said["stage2"]["data/samples"]["clips"] > 0
+    assert said["stage2"]["data/pruned_videos"] > 0
+    assert all(said[stage]["data/units"] > 0 for stage in ("init", "stage0", "stage1", "stage2"))
+    assert said["stage3"]["data/units"] == said["stage4"]["data/pruned_videos"] == 0
+    seen = {source for metrics in said.values() for source in metrics["data/samples"]}
+    assert seen == {"captions", "ocr", "qa", "clips", "text", "code", "long_text"}
+
+
+def test_the_command_lists_the_samples_of_a_step(short_run: ShortRun) -> None:
+    stage = RunFolder(short_run.path).stage("stage1")
+    line = lineage(stage.path / "data.jsonl")[1]
+    done = mvl("data", "ledger", str(short_run.path), "stage1", "--step", "2")
+    rows = [json.loads(row) for row in done.stdout.splitlines()]
+    assert len(rows) == line["samples"]
+    assert {row["step"] for row in rows} == {2}
+    assert {row["pack"] for row in rows} == set(range(*line["packs"]))
+    assert digest_of((row["source"], row["key"], row["epoch"]) for row in rows) == line["ids"]
+    done = mvl("data", "ledger", str(short_run.path), "stage1", "--step", "9", check=False)
+    assert done.returncode == 2
+    assert "tells of no step 9" in done.stdout
 
 
 def test_the_ledger_follows_from_the_resolved_config_alone(short_run: ShortRun) -> None:

@@ -60,9 +60,11 @@ class FakeChain:
         """What each rank runs."""
         return [str(FAKE_RANK), str(self.run.path.resolve()), stage.name, str(self.pace)]
 
-    def wait(self, what: str, condition: Callable[[], object]) -> None:
+    def wait(
+        self, what: str, condition: Callable[[], object], seconds: float = PATIENCE_SECONDS
+    ) -> None:
         """Until something is so; requeued jobs do not wait for their credentials to expire."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + seconds
         while not condition():
             self.hurry()
             assert time.monotonic() < deadline, f"{what} did not come:\n{self.story()}"
@@ -105,6 +107,11 @@ class FakeChain:
         receipt = self.run.stage(stage).receipt()
         assert receipt is not None, f"{stage} has no receipt\n{self.story()}"
         return receipt
+
+    def receipt_status(self, stage: str) -> str:
+        """The status of a stage's receipt; empty without one."""
+        receipt = self.run.stage(stage).receipt()
+        return receipt.status if receipt is not None else ""
 
     def saved(self, stage: str) -> int:
         """The last step a stage has saved."""

@@ -73,6 +73,7 @@ def test_scancel_is_a_person_s_word_and_resume_goes_on(make_chain: MakeChain) ->
     made.assert_causes("init", ["stopped", None])
 
 
+@pytest.mark.slow
 def test_a_crash_is_tried_once_more(make_chain: MakeChain) -> None:
     made = make_chain(faults={"stage0": {"1": {"step": 4, "do": "crash"}}})
     made.send()
@@ -146,6 +147,7 @@ def test_a_restarted_controller_changes_nothing(make_chain: MakeChain) -> None:
     made.assert_causes("init", [None])
 
 
+@pytest.mark.slow
 def test_a_changed_checkpoint_stops_the_chain(make_chain: MakeChain) -> None:
     made = make_chain()
     made.send("init")

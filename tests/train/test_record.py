@@ -42,7 +42,9 @@ def test_the_spoilt_layer_is_named(ranks: RankPool, one_rank: Path, tmp_path: Pa
     assert "token_losses" in off
 
 
+@pytest.mark.slow
 def test_the_command() -> None:
+    """The README's example is the quick sibling."""
     overrides = [*COMMON, "parallel.pipeline=2", "precision=bf16"]
     done = mvl("check", str(STAGE), "--json", *overrides)
     answer = json.loads(done.stdout.strip().splitlines()[-1])
