@@ -16,6 +16,7 @@ from launch import exit_codes
 from launch.checkpoint_commands import add_commands as add_checkpoint_commands
 from launch.data_arguments import add_data_commands
 
+_WORKERS = ("train", "check-rank", "supervise", "job-begin", "job-end")
 _RUN = "a run folder, such as runs/demo"
 _FILE = "a stage file, such as stages/laptop/stage0.yaml"
 
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return exit_codes.INTERRUPTED
     except BrokenPipeError:
+        if args.command in _WORKERS:
+            raise  # the pipe was one of its own, and its work is not finished
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.OK
     except Exception as error:

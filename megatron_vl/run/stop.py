@@ -1,20 +1,22 @@
-"""Being asked to stop, by a signal or by the clock: noted at once, acted on between two steps.
+"""Being asked to stop, by a signal or by the clock: looked for between two steps, nowhere else.
 
-Work inside a signal handler corrupts checkpoints and hangs collectives, so a handler only sets a
-flag. Before every step the ranks agree on the flags (`train.main`), and all of them save and leave
-at the same step. The clock is the job's end, which the launcher states in MVL_JOB_END; the time a
-stop needs comes from the saves measured so far.
+There is no signal handler: the signals are blocked and stay pending until a rank looks. So nothing
+is interrupted, no collective, no save, and none of the processes a rank starts (they inherit the
+block; Slurm signals a task's whole process group, and a helper that died of it took its rank along).
+Before every step the ranks agree on what they were asked (`train.main`), and all of them save and
+leave at the same step. The clock is the job's end, which the launcher states in MVL_JOB_END; the
+time a stop needs comes from the saves measured so far.
 
 Signals: USR1 is the warning before a time limit, TERM a request by Slurm, a person or the
-supervisor. Imports neither torch nor anything slow, so that a rank can listen before it loads its
-packages: a signal that comes earlier still ends the process.
+supervisor. Imports neither torch nor anything slow, because a rank must listen before it starts its
+first thread; a signal that comes earlier ends the process. What a rank gets while it loads is
+acted on before its first step, or cut short by the kill that follows a TERM.
 """
 
 import os
 import signal
 import time
 from enum import IntEnum
-from types import FrameType
 
 MARGIN_SECONDS = 15.0
 """Left over after the save: the receipt, and the other ranks' way out."""
@@ -54,6 +56,7 @@ class StopRequest:
         self.job_end = job_end
         self.lead_seconds = lead_seconds
         self.asked = Stop.none
+        self._listens = False
 
     @classmethod
     def from_environment(cls) -> "StopRequest":
@@ -63,9 +66,9 @@ class StopRequest:
         return cls(float(end) if end else None, lead)
 
     def listen(self) -> None:
-        """Take USR1 and TERM from now on. Call from the main thread."""
-        for number in _BY_SIGNAL:
-            signal.signal(number, self._note)
+        """Keep USR1 and TERM pending from now on. Call before the process has a second thread."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _BY_SIGNAL)
+        self._listens = True
 
     def look(self, save_seconds: float | None, step_seconds: float) -> Stop:
         """The request so far, the clock included.
@@ -74,6 +77,9 @@ class StopRequest:
             save_seconds: the longest save measured; None when there was none.
             step_seconds: the longest recent step.
         """
+        if self._listens:
+            pending = [_BY_SIGNAL[n] for n in _BY_SIGNAL if n in signal.sigpending()]
+            self.asked = max([self.asked, *pending])
         if self.job_end is not None:
             needed = self.lead_seconds
             if save_seconds is not None:
@@ -81,9 +87,6 @@ class StopRequest:
             if time.time() + needed > self.job_end:
                 self.asked = max(self.asked, Stop.time_limit)
         return self.asked
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = max(self.asked, _BY_SIGNAL[signal.Signals(number)])
 
 
 def seconds_to_stop(save_seconds: float, step_seconds: float) -> float:

@@ -145,7 +145,7 @@ class Loop:
             Stop.none at the end; otherwise what the ranks were asked, all of them at this step.
         """
         self._say_what_learns()
-        if self.step == 0:
+        if self.step == 0 and self._agreed() is Stop.none:
             self._evaluate()
         while self.step < self.config.train.steps:
             asked = self._agreed()

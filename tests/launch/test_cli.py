@@ -224,3 +224,14 @@ def test_help_lists_no_hidden_command_and_comes_without_words(
     text = capsys.readouterr().err
     assert "mvl submit stages/laptop --run runs/demo --follow" in text
     assert "supervise" not in text
+
+
+def test_a_broken_pipe_is_no_success_for_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what prints may lose its reader; a rank's own pipes are part of its work."""
+
+    def breaks(args: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("launch.train.main", breaks)
+    with pytest.raises(BrokenPipeError):
+        main(["train", "stage.yaml", "--run", "runs/demo"])

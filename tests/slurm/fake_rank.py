@@ -46,7 +46,7 @@ def main(run_path: str, stage_name: str, pace: str) -> None:
             break
         if fault.get("step") == step + 1 and fault.get("rank", 1) == rank:
             if fault["do"] == "hang":
-                while stop.asked is Stop.none:
+                while stop.look(None, 0.0) is Stop.none:
                     time.sleep(0.02)
             else:
                 (stage.attempt_path(attempt) / "agree" / "gone").touch()

@@ -6,6 +6,7 @@ found by the deadline, and the pool is started anew for the next call.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -40,6 +41,22 @@ def _serve(connection: Connection) -> None:
             connection.send((True, result))
         except BaseException:
             connection.send((False, traceback.format_exc()))
+        result = None
+        _forget_models()
+
+
+def _forget_models() -> None:
+    """Free the models of a job, and with them its process groups' threads, which would add up.
+
+    megatron-core's DistributedDataParallel hangs on hooks that hang on it, through C++ nodes that
+    Python's collector does not see into; emptied, it holds nothing else.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    for thing in gc.get_objects():
+        if isinstance(thing, DistributedDataParallel):
+            vars(thing).clear()
+    gc.collect()
 
 
 class RankPool:

@@ -15,12 +15,12 @@ from megatron_vl.train.start import start_stage
 
 
 class AskedBefore(StopRequest):
-    """Asked before a step, on one rank alone."""
+    """Asked before a step, on one rank alone; a rank looks once before its first evaluation too."""
 
     def __init__(self, step: int, rank: int, what: Stop) -> None:
         super().__init__()
         self.step, self.rank, self.what = step, rank, what
-        self.looks = 0
+        self.looks = -1
 
     def look(self, save_seconds: float | None, step_seconds: float) -> Stop:
         self.looks += 1

@@ -1,7 +1,7 @@
 """Asked to stop: every rank saves after the same step, and what follows is as if nothing was."""
 
-import os
-import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 from megatron_vl.run.folder import RunError, RunFolder
 from megatron_vl.run.stop import MARGIN_SECONDS, Stop, StopRequest, seconds_to_stop
 from megatron_vl.train.checkpoint import step_folder
-from tests.conftest import SmallData
+from tests.conftest import REPOSITORY, SmallData
 from tests.support.ranks import RankFailed, RankPool
 from tests.train.stop_jobs import run_until_asked
 from tests.train.test_resume import assert_same, make_run
@@ -86,20 +86,32 @@ def test_the_later_attempt_may_write(tmp_path: Path) -> None:
         stage.require_current(first)
 
 
-def test_signals_are_noted_and_the_heavier_counts() -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    try:
-        stop = StopRequest()
-        stop.listen()
-        assert stop.look(None, 0.0) is Stop.none
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.look(None, 0.0) is Stop.time_limit
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.look(None, 0.0) is Stop.terminated
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def test_signals_wait_until_a_rank_looks_and_spare_what_it_started() -> None:
+    """A handler would interrupt; and Slurm signals the whole group, helpers included."""
+    program = (
+        "import os, signal, subprocess, sys, time\n"
+        "from megatron_vl.run.stop import Stop, StopRequest\n"
+        "stop = StopRequest(); stop.listen()\n"
+        "helper = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)\n"
+        "forked = os.fork()\n"
+        "if not forked: time.sleep(0.5); os._exit(0)\n"
+        "assert stop.look(None, 0.0) is Stop.none\n"
+        "os.killpg(0, signal.SIGUSR1)\n"
+        "assert stop.look(None, 0.0) is Stop.time_limit\n"
+        "os.killpg(0, signal.SIGTERM); os.killpg(0, signal.SIGUSR1)\n"
+        "assert stop.look(None, 0.0) is Stop.terminated\n"
+        "helper.communicate(b'\\n')\n"
+        "print(helper.returncode, os.waitpid(forked, 0)[1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        start_new_session=True,
+        timeout=120,
+    )
+    assert (done.stdout, done.returncode) == ("0 0\n", 0), done.stderr
 
 
 def test_the_clock_stops_a_job_in_time_for_what_its_saves_take() -> None:
