@@ -2,7 +2,8 @@
 
 There is no signal handler: the signals are blocked and stay pending until a rank looks. So nothing
 is interrupted, no collective, no save, and none of the processes a rank starts (they inherit the
-block; Slurm signals a task's whole process group, and a helper that died of it took its rank along).
+block; Slurm signals a task's whole process group, and a helper that died of it took its rank
+along).
 Before every step the ranks agree on what they were asked (`train.main`), and all of them save and
 leave at the same step. The clock is the job's end, which the launcher states in MVL_JOB_END; the
 time a stop needs comes from the saves measured so far.
