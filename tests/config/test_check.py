@@ -7,18 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vl.config.check import check_recipe, nearest_divisor, nearest_multiple
-from megatron_vl.config.errors import ConfigError
 from megatron_vl.config.load import load_stage
+from tests.support.problems import problems
 
 LAPTOP = Path(__file__).parents[2] / "stages" / "laptop"
-
-
-def problems(*overrides: str) -> list[str]:
-    try:
-        load_stage(LAPTOP / "stage1.yaml", overrides)
-    except ConfigError as error:
-        return error.problems
-    return []
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,8 @@
 """The rules of tiling and video: what breaks them, and the nearest value the message offers."""
 
-from pathlib import Path
-
 import pytest
 
-from megatron_vl.config.errors import ConfigError
-from megatron_vl.config.load import load_stage
-
-LAPTOP = Path(__file__).parents[2] / "stages" / "laptop"
-
-
-def problems(*overrides: str) -> list[str]:
-    try:
-        load_stage(LAPTOP / "stage1.yaml", overrides)
-    except ConfigError as error:
-        return error.problems
-    return []
+from tests.support.problems import problems
 
 
 @pytest.mark.parametrize(
