@@ -8,6 +8,7 @@ without a traceback (MVL_TRACEBACK=1 shows it); exit codes are in docs/exit_code
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +17,16 @@ from launch import exit_codes
 from launch.checkpoint_commands import add_commands as add_checkpoint_commands
 from launch.data_arguments import add_data_commands
 
-_WORKERS = ("train", "check-rank", "supervise", "job-begin", "job-end")
+_WORKERS = ("train", "check-rank", "doctor-rank", "supervise", "job-begin", "job-end")
 _RUN = "a run folder, such as runs/demo"
 _FILE = "a stage file, such as stages/laptop/stage0.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    # A service manager may have started us with SIGTERM blocked, and ranks inherit that: `mvl
+    # cancel` and the end of a supervisor would then go unheard.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
     args = parse(argv)
     module, _, function = args.handler.partition(":")
     try:
@@ -177,6 +181,16 @@ def _add_run_commands(commands: Any) -> None:
     )
 
     _add_job_commands(commands)
+    doctor = _command(
+        commands, "doctor", "launch.doctor:main", "Say what this machine has and lacks.",
+        "mvl doctor --quick",
+    )  # fmt: skip
+    doctor.add_argument("--quick", action="store_true", help="leave out the all-reduce")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    _command(
+        commands, "doctor-rank", "launch.doctor:rank", "One rank of `mvl doctor`.",
+        "mvl doctor-rank", hidden=True,
+    )  # fmt: skip
 
 
 def _add_job_commands(commands: Any) -> None:

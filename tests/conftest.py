@@ -1,6 +1,7 @@
 """What the whole test run shares: one small data set, one short run, one pool of ranks."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 LAPTOP = REPOSITORY / "stages" / "laptop"
 # The smallest step there is: one rank, one short pack.
 TINY = ("parallel.data=1", "train.global_batch=1", "data.sequence_length=256")
+
+
+def pytest_configure() -> None:
+    """Let signals arrive: what the tests start inherits this process's mask.
+
+    Whoever started the test run may have blocked SIGTERM, and then nothing it ends would end.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 @dataclass(frozen=True)

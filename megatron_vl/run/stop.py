@@ -1,9 +1,12 @@
 """Being asked to stop, by a signal or by the clock: looked for between two steps, nowhere else.
 
-There is no signal handler: the signals are blocked and stay pending until a rank looks. So nothing
-is interrupted, no collective, no save, and none of the processes a rank starts (they inherit the
-block; Slurm signals a task's whole process group, and a helper that died of it took its rank
-along).
+The signals are blocked and stay pending until a rank looks. So nothing is interrupted, no
+collective, no save, and none of the processes a rank starts: they inherit the block. (Slurm and the
+supervisor signal whole process groups; a helper of multiprocessing that died of a signal took its
+rank along: torch_dist saves go through a manager process.) Beside the block stands a handler that
+only sets a flag, in case a library unblocks: multiprocessing does so with TERM when it starts its
+resource tracker, which is therefore started here. That is one more small process for each rank.
+
 Before every step the ranks agree on what they were asked (`train.main`), and all of them save and
 leave at the same step. The clock is the job's end, which the launcher states in MVL_JOB_END; the
 time a stop needs comes from the saves measured so far.
@@ -18,6 +21,8 @@ import os
 import signal
 import time
 from enum import IntEnum
+from multiprocessing import resource_tracker
+from types import FrameType
 
 MARGIN_SECONDS = 15.0
 """Left over after the save: the receipt, and the other ranks' way out."""
@@ -68,6 +73,11 @@ class StopRequest:
 
     def listen(self) -> None:
         """Keep USR1 and TERM pending from now on. Call before the process has a second thread."""
+        for number in _BY_SIGNAL:
+            signal.signal(number, self._note)
+            signal.siginterrupt(number, False)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _BY_SIGNAL)
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, _BY_SIGNAL)
         self._listens = True
 
@@ -79,6 +89,7 @@ class StopRequest:
             step_seconds: the longest recent step.
         """
         if self._listens:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _BY_SIGNAL)
             pending = [_BY_SIGNAL[n] for n in _BY_SIGNAL if n in signal.sigpending()]
             self.asked = max([self.asked, *pending])
         if self.job_end is not None:
@@ -88,6 +99,9 @@ class StopRequest:
             if time.time() + needed > self.job_end:
                 self.asked = max(self.asked, Stop.time_limit)
         return self.asked
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = max(self.asked, _BY_SIGNAL[signal.Signals(number)])
 
 
 def seconds_to_stop(save_seconds: float, step_seconds: float) -> float:

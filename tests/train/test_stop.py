@@ -89,17 +89,19 @@ def test_the_later_attempt_may_write(tmp_path: Path) -> None:
 def test_signals_wait_until_a_rank_looks_and_spare_what_it_started() -> None:
     """A handler would interrupt; and Slurm signals the whole group, helpers included."""
     program = (
-        "import os, signal, subprocess, sys, time\n"
+        "import multiprocessing, os, signal, subprocess, sys, time\n"
         "from megatron_vl.run.stop import Stop, StopRequest\n"
         "stop = StopRequest(); stop.listen()\n"
         "helper = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)\n"
         "forked = os.fork()\n"
         "if not forked: time.sleep(0.5); os._exit(0)\n"
         "assert stop.look(None, 0.0) is Stop.none\n"
+        "queue = multiprocessing.get_context('spawn').Manager().Queue()\n"
         "os.killpg(0, signal.SIGUSR1)\n"
         "assert stop.look(None, 0.0) is Stop.time_limit\n"
         "os.killpg(0, signal.SIGTERM); os.killpg(0, signal.SIGUSR1)\n"
         "assert stop.look(None, 0.0) is Stop.terminated\n"
+        "time.sleep(0.5); queue.put('kept'); assert queue.get() == 'kept'\n"
         "helper.communicate(b'\\n')\n"
         "print(helper.returncode, os.waitpid(forked, 0)[1])\n"
     )
