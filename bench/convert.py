@@ -37,13 +37,13 @@ from checkpoint_tools.published_folder import (
     shard_name,
 )
 from checkpoint_tools.safetensors_file import SafetensorsWriter, TensorSpec
-from megatron_vl.config.schema import (
-    DataConfig,
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_data import DataConfig
+from megatron_vl.config.schema_model import (
     DecoderConfig,
     EncoderConfig,
     ModelConfig,
     ProjectorConfig,
-    StageConfig,
 )
 from megatron_vl.data.tokenizer import CONTROL_TOKENS, VISION_TOKENS
 

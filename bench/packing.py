@@ -19,12 +19,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vl.config.schema import (
+from megatron_vl.config.schema_data import Packer, PackOrder
+from megatron_vl.config.schema_model import (
     DecoderConfig,
     EncoderConfig,
     ModelConfig,
-    Packer,
-    PackOrder,
     ProjectorConfig,
 )
 from megatron_vl.cost.pack_cost import pack_cost

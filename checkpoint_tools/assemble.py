@@ -26,7 +26,8 @@ from checkpoint_tools.stage_folder import Origin, Streamed, write_stage_folder
 from checkpoint_tools.streaming import Report, Task
 from checkpoint_tools.workspace import files_identity
 from megatron_vl.config.load import load_stage
-from megatron_vl.config.schema import ModelConfig, Part, Precision, StageConfig
+from megatron_vl.config.schema import Part, Precision, StageConfig
+from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.model.initialize import draw_tensor
 
 _DECODER, _ENCODER = "decoder/", "encoder/"

@@ -18,7 +18,7 @@ from checkpoint_tools.published_config import model_of
 from checkpoint_tools.published_folder import CONFIG_FILE, PublishedFolder
 from checkpoint_tools.stage_source import StageSource, open_stage
 from megatron_vl.config.load import differences
-from megatron_vl.config.schema import ModelConfig
+from megatron_vl.config.schema_model import ModelConfig
 
 _BLOCK = 1 << 22
 """Numbers compared at a time."""

@@ -21,7 +21,8 @@ from checkpoint_tools.safetensors_file import TensorSpec
 from checkpoint_tools.stage_source import StageSource, open_stage
 from checkpoint_tools.tensor_bytes import DTYPE_NAMES, sha256
 from megatron_vl.config.load import config_hash
-from megatron_vl.config.schema import ModelConfig, WeightSource
+from megatron_vl.config.schema import WeightSource
+from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.cost.parameters import model_parameters
 
 PROVENANCE_FILE = "provenance.json"

@@ -28,15 +28,9 @@ from checkpoint_tools.workspace import files_identity
 from megatron_vl.config.check import check_stage
 from megatron_vl.config.errors import ConfigError
 from megatron_vl.config.load import load_stage
-from megatron_vl.config.schema import (
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Part,
-    Precision,
-    StageConfig,
-    TrainConfig,
-)
+from megatron_vl.config.schema import OptimizerConfig, Part, Precision, StageConfig, TrainConfig
+from megatron_vl.config.schema_data import DataConfig
+from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.data.tokenizer import Tokenizer
 
 _FREE = ("init_std", "mamba_chunk_size")

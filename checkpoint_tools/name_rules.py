@@ -15,7 +15,8 @@ from torch import Tensor
 
 from checkpoint_tools import transforms
 from checkpoint_tools.names import Constant, NameTable, Rule, Shape, Slot
-from megatron_vl.config.schema import DecoderConfig, EncoderConfig, ModelConfig, Part
+from megatron_vl.config.schema import Part
+from megatron_vl.config.schema_model import DecoderConfig, EncoderConfig, ModelConfig
 from megatron_vl.cost.parameters import CONVOLUTION_TAPS, SHUFFLED_PATCHES, mamba_widths
 from megatron_vl.model.initialize import generator_for
 from megatron_vl.model.radio import PIXEL_MEAN, PIXEL_STD

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoint_tools.errors import ConversionError
-from megatron_vl.config.schema import (
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_model import (
     DecoderConfig,
     EncoderConfig,
     ModelConfig,
     ProjectorConfig,
-    StageConfig,
 )
 from megatron_vl.data.tokenizer import (
     END_OF_TURN,

@@ -18,7 +18,8 @@ from checkpoint_tools.model_card import model_card
 from checkpoint_tools.published_config import ARCHITECTURE, BEGIN, VIDEO, TokenIds
 from checkpoint_tools.published_folder import PUBLISHED_TOKENIZER
 from checkpoint_tools.stage_source import StageSource
-from megatron_vl.config.schema import FrameLabels, StageConfig, Tiling
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_data import FrameLabels, Tiling
 from megatron_vl.data.chat import TEMPLATE_PATH
 from megatron_vl.data.prepare import TOKENIZER_FILE
 from megatron_vl.data.tokenizer import (

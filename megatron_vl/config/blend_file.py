@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_vl.config.errors import ConfigError
 from megatron_vl.config.read_yaml import read_mapping
-from megatron_vl.config.schema import BlendUnit, SourceEnd
+from megatron_vl.config.schema_data import BlendUnit, SourceEnd
 
 _TOP = ("unit", "when_source_ends", "sources", "missing")
 _NUMBERS = ("weight", "epochs", "samples", "tokens")

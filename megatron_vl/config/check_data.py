@@ -7,7 +7,8 @@ import difflib
 import math
 from collections.abc import Iterator
 
-from megatron_vl.config.schema import Packer, StageConfig
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_data import Packer
 
 
 def data_ranges(config: StageConfig) -> dict[str, tuple[float, int]]:

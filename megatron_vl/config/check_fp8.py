@@ -6,7 +6,8 @@ the whole stack whatever the pipeline split, and `projector`.
 
 from collections.abc import Iterator
 
-from megatron_vl.config.schema import StageConfig, Tiling
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_data import Tiling
 
 TOKEN_MULTIPLE = 16
 """FP8 products need a multiple of this many rows and columns; others are filled up, at a cost."""

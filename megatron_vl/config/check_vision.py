@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator
 
-from megatron_vl.config.schema import StageConfig, Tiling
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_data import Tiling
 
 PATCHES_PER_TOKEN = 4
 

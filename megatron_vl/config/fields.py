@@ -75,9 +75,8 @@ def all_fields() -> dict[str, Field]:
 
 
 def fields_of(root: type) -> dict[str, Field]:
-    """Every key under a dataclass, sections included; its module documents each field."""
-    docs = _docstrings(sys.modules[root.__module__])
-    return {field.key: field for field in _walk(root, "", docs)}
+    """Every key under a dataclass, sections included; their modules document each field."""
+    return {field.key: field for field in _walk(root, "")}
 
 
 def leaf_fields() -> dict[str, Field]:
@@ -115,8 +114,9 @@ def nearest_key(key: str, valid: Collection[str] | None = None) -> str:
     return max(valid, key=resemblance)
 
 
-def _walk(cls: type, prefix: str, docs: dict[tuple[str, str], str]) -> list[Field]:
+def _walk(cls: type, prefix: str) -> list[Field]:
     found = []
+    docs = _docstrings(sys.modules[cls.__module__])
     hints = get_type_hints(cls)
     for item in dataclasses.fields(cls):
         text = docs.get((cls.__name__, item.name), "")
@@ -131,7 +131,7 @@ def _walk(cls: type, prefix: str, docs: dict[tuple[str, str], str]) -> list[Fiel
         section = dataclasses.is_dataclass(kind)
         found.append(Field(key, kind, None if section else _default(item), **match.groupdict()))
         if section:
-            found += _walk(kind, key + ".", docs)
+            found += _walk(kind, key + ".")
     return found
 
 
@@ -141,6 +141,7 @@ def _default(item: dataclasses.Field) -> Any:
     return MISSING if item.default is dataclasses.MISSING else item.default
 
 
+@functools.cache
 def _docstrings(module: types.ModuleType) -> dict[tuple[str, str], str]:
     """The string under each annotated assignment of each class of a module."""
     found = {}

@@ -13,7 +13,8 @@ context ranks. Not counted: the padding of gradient buffers (below 0.1 %), activ
 
 from dataclasses import dataclass
 
-from megatron_vl.config.schema import ModelConfig, ParallelConfig, Precision, StageConfig
+from megatron_vl.config.schema import ParallelConfig, Precision, StageConfig
+from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.cost.parameters import (
     CONVOLUTION_TAPS,
     IMAGE_CHANNELS,

@@ -30,7 +30,8 @@ padding out, as a measure of useful work.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_vl.config.schema import ModelConfig, Part
+from megatron_vl.config.schema import Part
+from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.cost.parameters import (
     CONVOLUTION_TAPS,
     IMAGE_CHANNELS,

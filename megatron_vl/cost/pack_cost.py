@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vl.config.schema import ModelConfig
+from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.cost.flops import pack_flops
 
 Count = TypeVar("Count", int, NDArray[np.int64])

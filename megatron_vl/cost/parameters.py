@@ -11,7 +11,7 @@ Unit of every number: parameters.
 
 from dataclasses import dataclass
 
-from megatron_vl.config.schema import DecoderConfig, EncoderConfig, ModelConfig
+from megatron_vl.config.schema_model import DecoderConfig, EncoderConfig, ModelConfig
 
 CONVOLUTION_TAPS = 4
 """Taps of the Mamba-2 layer's causal convolution; megatron-core's default, not a key."""

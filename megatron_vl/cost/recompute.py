@@ -9,7 +9,8 @@ What it refuses: nothing; `config.check` guards the numbers. What it costs: noth
 import itertools
 from dataclasses import dataclass
 
-from megatron_vl.config.schema import LAYER_KINDS, ModelConfig, ParallelConfig, RecomputeConfig
+from megatron_vl.config.schema import ParallelConfig, RecomputeConfig
+from megatron_vl.config.schema_model import LAYER_KINDS, ModelConfig
 
 
 @dataclass(frozen=True)

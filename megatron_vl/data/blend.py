@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vl.config.schema import BlendUnit, DataConfig, SourceEnd
+from megatron_vl.config.schema_data import BlendUnit, DataConfig, SourceEnd
 from megatron_vl.data.seeds import ROUNDS, half_bits, shuffle_keys, shuffled
 
 

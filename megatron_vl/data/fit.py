@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_vl.config.schema import StageConfig, Tiling
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_data import Tiling
 from megatron_vl.data import chat
 from megatron_vl.data.chat import Visual
 from megatron_vl.data.frames import Clip, VideoRules

@@ -13,7 +13,8 @@ serving code has it (29.97 frames a second give 33 ms, so stamps run 1 % slow th
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vl.config.schema import FrameLabels, StageConfig
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_data import FrameLabels
 from megatron_vl.data.headers import VideoHeader
 from megatron_vl.data.seeds import sample_seed
 from megatron_vl.sequence.counts import evs_kept

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from megatron_vl.config.schema import PackOrder, StageConfig
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_data import PackOrder
 from megatron_vl.cost.pack_cost import pack_cost
 from megatron_vl.data.blend import shares_of
 from megatron_vl.data.cost_order import deal

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vl.config.schema import Packer
+from megatron_vl.config.schema_data import Packer
 
 Ints = NDArray[np.integer]
 PackOf = NDArray[np.int64]

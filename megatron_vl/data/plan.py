@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vl.config.schema import Packer, PackOrder, SourceEnd
+from megatron_vl.config.schema_data import Packer, PackOrder, SourceEnd
 from megatron_vl.cost.pack_cost import PackCost
 from megatron_vl.data.blend import Drawn, SampleStream, Share, SourceTable
 from megatron_vl.data.cost_order import aligned_order, shuffled_order

@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vl.config.schema import DataConfig, ModelConfig
+from megatron_vl.config.schema_data import DataConfig
+from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.data import documents, laptop_text, pictures
 from megatron_vl.data.headers import probe
 from megatron_vl.data.index import index_source

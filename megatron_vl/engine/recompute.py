@@ -28,7 +28,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from megatron_vl.config.schema import LAYER_KINDS, RecomputeConfig
+from megatron_vl.config.schema import RecomputeConfig
+from megatron_vl.config.schema_model import LAYER_KINDS
 
 
 class Recomputable(nn.Module):

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vl.config.schema import ModelConfig, ParallelConfig, Precision
+from megatron_vl.config.schema import ParallelConfig, Precision
+from megatron_vl.config.schema_model import ModelConfig
 
 
 def _shared(precision: Precision, parallel: ParallelConfig) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_vl.config.schema import ModelConfig, ParallelConfig, Precision
+from megatron_vl.config.schema import ParallelConfig, Precision
+from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.engine.layer_specs import Blocks, hybrid_decoder_spec
 from megatron_vl.engine.transformer_configs import decoder_config
 from megatron_vl.engine.vocab_loss import Split, chunked_cross_entropy

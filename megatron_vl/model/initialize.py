@@ -21,7 +21,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_vl.config.schema import ModelConfig, Part
+from megatron_vl.config.schema import Part
+from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.engine.sharding import fill
 from megatron_vl.model.vlm import VisionLanguageModel, part_of
 

@@ -11,7 +11,8 @@ from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_vl.config.schema import ModelConfig, ParallelConfig, Precision
+from megatron_vl.config.schema import ParallelConfig, Precision
+from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.engine.layer_specs import Blocks, mlp_submodules
 from megatron_vl.engine.transformer_configs import projector_config
 from megatron_vl.sequence.counts import PIXEL_SHUFFLE

@@ -22,7 +22,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from megatron_vl.config.schema import ModelConfig, ParallelConfig, Precision
+from megatron_vl.config.schema import ParallelConfig, Precision
+from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.engine.layer_specs import Blocks, encoder_layer_spec
 from megatron_vl.engine.packed import packed_units
 from megatron_vl.engine.transformer_configs import encoder_config

@@ -22,7 +22,8 @@ from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_vl.config.schema import ModelConfig, ParallelConfig, Part, Precision, TrainConfig
+from megatron_vl.config.schema import ParallelConfig, Part, Precision, TrainConfig
+from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.engine.context_parallel import gather
 from megatron_vl.engine.layer_specs import Blocks
 from megatron_vl.engine.packed import PackedSequence

@@ -11,16 +11,13 @@ from torch import Tensor
 from checkpoint_tools.name_rules import name_table
 from checkpoint_tools.published_config import TokenIds, published_config
 from checkpoint_tools.published_folder import CONFIG_FILE, INDEX_FILE, PUBLISHED_TOKENIZER
-from megatron_vl.config.schema import (
-    DataConfig,
+from megatron_vl.config.schema import OptimizerConfig, Part, StageConfig, TrainConfig
+from megatron_vl.config.schema_data import DataConfig
+from megatron_vl.config.schema_model import (
     DecoderConfig,
     EncoderConfig,
     ModelConfig,
-    OptimizerConfig,
-    Part,
     ProjectorConfig,
-    StageConfig,
-    TrainConfig,
 )
 from megatron_vl.data.tokenizer import Tokenizer, train_tokenizer
 

@@ -13,7 +13,8 @@ from checkpoint_tools.names import NamesError
 from checkpoint_tools.published_config import TokenIds, published_config
 from checkpoint_tools.published_folder import PublishedFolder
 from checkpoint_tools.torch_dist import DistributedCheckpoint, extra_state_names
-from megatron_vl.config.schema import ModelConfig, ParallelConfig, Precision
+from megatron_vl.config.schema import ParallelConfig, Precision
+from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.cost.parameters import model_parameters
 from megatron_vl.engine.layer_specs import TORCH_BLOCKS
 from megatron_vl.engine.meta import meta_device, pretend_rank

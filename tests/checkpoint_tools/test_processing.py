@@ -12,7 +12,8 @@ from PIL import Image
 
 import megatron_vl.sequence.grids
 from megatron_vl.config.load import load_stage
-from megatron_vl.config.schema import FrameLabels, StageConfig
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_data import FrameLabels
 from megatron_vl.data.chat import Visual, encode_conversation
 from megatron_vl.data.frames import Clip, frame_labels
 from megatron_vl.data.pack import patches_of

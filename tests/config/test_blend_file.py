@@ -8,7 +8,7 @@ from megatron_vl.config.blend_file import read_blend_file
 from megatron_vl.config.errors import ConfigError
 from megatron_vl.config.explain import explain
 from megatron_vl.config.load import config_hash, load_stage, to_yaml
-from megatron_vl.config.schema import BlendUnit, SourceEnd
+from megatron_vl.config.schema_data import BlendUnit, SourceEnd
 
 STAGES = Path(__file__).parents[2] / "stages"
 STAGE = STAGES / "laptop" / "stage1.yaml"

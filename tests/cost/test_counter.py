@@ -22,13 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vl.config.load import load_stage
-from megatron_vl.config.schema import (
-    LayerKind,
-    ParallelConfig,
-    Precision,
-    RecomputeConfig,
-    StageConfig,
-)
+from megatron_vl.config.schema import ParallelConfig, Precision, RecomputeConfig, StageConfig
+from megatron_vl.config.schema_model import LayerKind
 from megatron_vl.cost.flops import flops_by_kind
 from megatron_vl.cost.recompute import recomputed_layers
 from megatron_vl.engine.layer_specs import TORCH_BLOCKS

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vl.config.schema import LayerKind, ParallelConfig, RecomputeConfig
+from megatron_vl.config.schema import ParallelConfig, RecomputeConfig
+from megatron_vl.config.schema_model import LayerKind
 from megatron_vl.cost.flops import PackFlops, flops_by_kind, pack_flops
 from megatron_vl.cost.parameters import projector_matrices
 from megatron_vl.cost.recompute import Recomputed, recomputed_layers

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from megatron_vl.config.schema import DataConfig, Part, StageConfig, TrainConfig
+from megatron_vl.config.schema import Part, StageConfig, TrainConfig
+from megatron_vl.config.schema_data import DataConfig
 from megatron_vl.data.prepare import prepare_laptop
 from megatron_vl.data.tokenizer import Tokenizer
 from tests.support.sizes import small

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vl.config.schema import BlendUnit, DataConfig, SourceEnd
+from megatron_vl.config.schema_data import BlendUnit, DataConfig, SourceEnd
 from megatron_vl.data.blend import SampleStream, Share, SourceTable, shares_of
 from megatron_vl.data.seeds import (
     half_bits,

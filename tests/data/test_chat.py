@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Engine
 
-from megatron_vl.config.schema import FrameLabels
+from megatron_vl.config.schema_data import FrameLabels
 from megatron_vl.data.chat import (
     Visual,
     encode_conversation,

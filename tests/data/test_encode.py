@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_vl.config.schema import FrameLabels, StageConfig, Tiling
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_data import FrameLabels, Tiling
 from megatron_vl.data.encode import encode_prompt, encode_sample
 from megatron_vl.data.fit import WHOLE, Room, fit_sample, headers_of
 from megatron_vl.data.frames import VideoRules

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vl.config.schema import BlendUnit, PackOrder, StageConfig
+from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_data import BlendUnit, PackOrder
 from megatron_vl.data import loader as loader_room
 from megatron_vl.data.ledger import BadDataError, BadSample
 from megatron_vl.data.loader import PackLoader

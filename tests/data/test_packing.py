@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vl.config.schema import Packer
+from megatron_vl.config.schema_data import Packer
 from megatron_vl.data.packing import PackLimits, balanced, best_fit, first_fit, pack
 
 Sizes = list[tuple[int, int]]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vl.config.schema import Packer, PackOrder, SourceEnd
+from megatron_vl.config.schema_data import Packer, PackOrder, SourceEnd
 from megatron_vl.cost.pack_cost import PackCost
 from megatron_vl.data import plan as plan_room
 from megatron_vl.data.blend import Share, SourceTable

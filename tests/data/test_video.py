@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vl.config.schema import FrameLabels
+from megatron_vl.config.schema_data import FrameLabels
 from megatron_vl.data import video as video_room
 from megatron_vl.data.documents import installed_folder
 from megatron_vl.data.frames import VideoRules, frame_labels, frame_numbers

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_vl.config.schema import LAYER_KINDS, LayerKind, RecomputeConfig, StageConfig
+from megatron_vl.config.schema import RecomputeConfig, StageConfig
+from megatron_vl.config.schema_model import LAYER_KINDS, LayerKind
 from megatron_vl.data.pack import Pack
 from megatron_vl.engine import recompute
 from megatron_vl.engine.recompute import mark_decoder, mark_encoder

@@ -1,6 +1,11 @@
 """Model sections the tests count: the published 12B sizes, and one small enough for paper."""
 
-from megatron_vl.config.schema import DecoderConfig, EncoderConfig, ModelConfig, ProjectorConfig
+from megatron_vl.config.schema_model import (
+    DecoderConfig,
+    EncoderConfig,
+    ModelConfig,
+    ProjectorConfig,
+)
 
 PATTERN_12B = "M-M-M-M*-" + "M-M-M-M*-" * 5 + "M-M-M-M-"
 
