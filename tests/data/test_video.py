@@ -126,8 +126,9 @@ def test_sound_that_lasts_longer_moves_no_frame() -> None:
 
 @pytest.mark.parametrize("turn", [90, 180, 270])
 def test_frames_are_turned_upright(turn: int) -> None:
-    frames = numbered_frames(3)
-    plain, turned = encode_video(frames), encode_video(frames, rotation=turn)
+    frames = numbered_frames(3)  # mpeg4: x264 may encode the same frames differently twice
+    plain = encode_video(frames, codec="mpeg4")
+    turned = encode_video(frames, codec="mpeg4", rotation=turn)
     header = video_header(plain)
     (shown,) = read_frames(turned, [1], header)
     (stored,) = read_frames(plain, [1], header)
