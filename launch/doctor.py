@@ -3,13 +3,12 @@
 Versions come from package metadata, so nothing is imported that could be broken; the all-reduce
 runs in two processes of its own, on GPUs where there are two. Says, and returns FOUND, when a
 package that everything needs is missing, when it is of another version than this release was
-tested with, or when the all-reduce fails.
+tested with, when a GPU has memory errors, or when the all-reduce fails.
 """
 
 import importlib.metadata
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from launch import exit_codes
+from launch.gpus import read_gpus
 from launch.local import RankCommand, RankGroup, end_with_parent, rank_environment
 from launch.reasons import last_exception
 from launch.slurm.queue import slurm_is_here
@@ -71,6 +71,10 @@ class Report:
 
 def main(args: Namespace) -> int:
     """Look, measure, and say."""
+    if args.job:
+        from launch.slurm.examine import main as examine_node
+
+        return examine_node(args)
     report = examine()
     if not args.quick and report.packages["torch"]:
         rate, problem = all_reduce()
@@ -87,7 +91,11 @@ def examine() -> Report:
     """All that can be seen without running anything heavy."""
     packages = {package.name: _version(package.name) for package in PACKAGES}
     free = shutil.disk_usage(Path.cwd()).free / 1e9
-    report = Report(sys.version.split()[0], packages, _gpus(), slurm_is_here(), round(free, 1))
+    gpus, unread = read_gpus()
+    named = [str(gpu) for gpu in gpus]
+    report = Report(sys.version.split()[0], packages, named, slurm_is_here(), round(free, 1))
+    report.problems += [unread] if unread else []
+    report.problems += [problem for gpu in gpus for problem in gpu.problems]
     for package in PACKAGES:
         if package.needed and not packages[package.name]:
             report.problems.append(
@@ -167,14 +175,6 @@ def _tested_versions() -> dict[str, str]:
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if "==" in line]
     pairs = [line.split("==") for line in lines if not line.startswith("#")]
     return {name.lower(): version.strip() for name, version in pairs}
-
-
-def _gpus() -> list[str]:
-    """The GPUs that nvidia-smi lists, by name."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
-    return [line.partition(" (UUID")[0] for line in done.stdout.splitlines() if "GPU " in line]
 
 
 def _print(report: Report) -> None:

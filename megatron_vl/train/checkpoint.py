@@ -1,19 +1,19 @@
-"""Distributed checkpoints that load at any layout.
+"""Distributed checkpoints: what they hold, and how they are loaded.
 
-A checkpoint is a folder `step_NNNNNN`, written beside itself as `step_NNNNNN.partial` and renamed
-when every rank has finished, so a folder with a plain name is complete. Tensors are stored in
-global shape by layout-free names; the optimizer state by parameter. `state.json` holds what the
-loop needs to go on: step and data cursor, as readable text.
+A checkpoint is a folder `step_NNNNNN`, written by `checkpoint_save` beside itself and renamed when
+every rank has finished, so a folder with a plain name is complete. Tensors are stored in global
+shape by layout-free names and load at any layout. The optimizer state does so at a stage's end;
+inside a stage each data rank stores its own part, which loads at the same tensor and pipeline ranks
+alone (`engine.optimizer_state`). `state.json` holds what the loop needs to go on: step and data
+cursor, as readable text, and the digest of every file.
 
 Trust: the index is checked before torch unpickles it, and tensors are read weights-only; see
 `engine.checkpoint_trust` for the one case that is not covered.
 """
 
 import json
-import os
-import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_vl.engine import optimizer_state
+from megatron_vl.engine import fake_quant, optimizer_state
 from megatron_vl.engine.checkpoint_trust import check_index
 from megatron_vl.engine.fp8_state import HISTORY_PREFIX
 from megatron_vl.engine.platform import PLATFORM
@@ -32,9 +32,8 @@ from megatron_vl.model.vlm import VisionLanguageModel
 from megatron_vl.train.build import Trainee
 
 STATE_FILE = "state.json"
-PARTIAL_SUFFIX = ".partial"
 # Names of stored tensors that are no weights.
-TRAINING_STATE = ("optimizer.", HISTORY_PREFIX)
+TRAINING_STATE = ("optimizer.", HISTORY_PREFIX, fake_quant.PREFIX)
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,10 @@ class LoopState:
         optimizer: the folder holds optimizer state.
         trainable: parts whose optimizer state it holds.
         parent: digest of the checkpoint the stage started from; empty for drawn weights.
+        optimizer_layout: the tensor and pipeline ranks that can load the optimizer state; empty
+            where any can.
+        files: SHA-256 of every other file of the folder, by name; empty where it was not written by
+            `checkpoint_save`.
     """
 
     stage: str
@@ -56,6 +59,8 @@ class LoopState:
     optimizer: bool
     trainable: list[str]
     parent: str = ""
+    optimizer_layout: dict[str, int] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
 
 class CheckpointError(ValueError):
@@ -72,7 +77,7 @@ def latest(checkpoints: Path) -> Path | None:
     complete = [
         folder
         for folder in checkpoints.glob("step_*")
-        if folder.suffix != PARTIAL_SUFFIX and (folder / STATE_FILE).is_file()
+        if not folder.suffix and (folder / STATE_FILE).is_file()
     ]
     return max(complete, key=lambda folder: folder.name, default=None)
 
@@ -90,55 +95,6 @@ def read_state(folder: Path) -> LoopState:
             f"{folder} is no complete checkpoint ({error}); a complete one is a step_NNNNNN folder "
             f"that holds {STATE_FILE}"
         ) from error
-
-
-def save(folder: Path, trainee: Trainee, state: LoopState) -> None:
-    """Write a checkpoint; every rank calls it, all return when it is complete.
-
-    A complete checkpoint of the same state is kept as it is: a stage that was cut off between its
-    last save and its receipt comes by here again.
-
-    Args:
-        folder: final place; a folder of that name with another state is replaced.
-        state: `state.optimizer` says whether the optimizer state goes in.
-    """
-    first = torch.distributed.get_rank() == 0
-    if (folder / STATE_FILE).is_file() and read_state(folder) == state:
-        return
-    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    torch.distributed.barrier()
-    metadata = checkpoint_metadata(trainee.groups)
-    model_state = trainee.module.sharded_state_dict(metadata=metadata)
-    tree: dict[str, Any] = dict(model_state)
-    if state.optimizer and trainee.learns:
-        tree["optimizer"] = trainee.optimizer.sharded_state_dict(model_state, metadata=metadata)
-    if state.optimizer and trainee.fp8 is not None and trainee.fp8.history is not None:
-        tree |= trainee.fp8.history.sharded()
-    dist_checkpointing.save(tree, str(partial))
-    torch.distributed.barrier()
-    if first:
-        (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n")
-        _sync_to_disk(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-        _sync(folder.parent)
-    torch.distributed.barrier()
-
-
-def _sync_to_disk(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_weights(
@@ -201,19 +157,50 @@ def load_optimizer(folder: Path, trainee: Trainee) -> None:
             f"{folder} holds weights only; set checkpoint.optimizer=true in the stage that writes "
             "it, or carry.optimizer=false here"
         )
+    here = layout_of(trainee.groups)
+    if state.optimizer_layout and state.optimizer_layout != here:
+        raise CheckpointError(
+            f"{folder} was saved inside a stage: its optimizer state loads at "
+            f"{_spoken(state.optimizer_layout)} alone (any data and context ranks), this layout is "
+            f"{_spoken(here)}; go on at that layout, which may be changed at the stage's end, or "
+            "save with checkpoint.any_layout=true first"
+        )
     tree: dict[str, Any] = _stored_history(folder, trainee)
     if trainee.learns:
-        optimizer_state.allocate(trainee.optimizer)
         metadata = checkpoint_metadata(trainee.groups)
-        model_state = trainee.module.sharded_state_dict(metadata=metadata)
-        tree["optimizer"] = trainee.optimizer.sharded_state_dict(
-            model_state, is_loading=True, metadata=metadata
+        tree["optimizer"] = optimizer_state.describe(
+            trainee.optimizer,
+            trainee.module.sharded_state_dict(metadata=metadata),
+            metadata,
+            any_layout=not state.optimizer_layout,
+            is_loading=True,
         )
     loaded = _load(tree, folder)
     if trainee.learns:
         optimizer_state.load(trainee.optimizer, loaded["optimizer"])
     if trainee.fp8 is not None and trainee.fp8.history is not None:
         trainee.fp8.history.restore(loaded)
+
+
+def load_calibration(folder: Path, trainee: Trainee) -> None:
+    """Quantize a distillation's student by the calibration its checkpoint holds; of any other
+    stage there is nothing to do.
+
+    Raises:
+        CheckpointError: the checkpoint holds none.
+    """
+    if trainee.distillation is not None:
+        student = trainee.distillation.student
+        student.restore(_load(dict(student.sharded()), folder))
+
+
+def layout_of(groups: ProcessGroupCollection) -> dict[str, int]:
+    """What of a layout the optimizer state of a save inside a stage depends on."""
+    return {"tensor": groups.tp.size(), "pipeline": groups.pp.size()}
+
+
+def _spoken(layout: dict[str, int]) -> str:
+    return ", ".join(f"parallel.{axis}={size}" for axis, size in layout.items())
 
 
 def _stored_history(folder: Path, trainee: Trainee) -> dict[str, Any]:
@@ -249,8 +236,9 @@ def full_tensors(folder: Path, *, optimizer: bool = False) -> dict[str, Tensor]:
     Needs no process group and no model.
 
     Args:
-        optimizer: also the optimizer's, named `optimizer.state.KIND.PARAMETER`, and the amax
-            histories of fp8_delayed, named `fp8.amax_history.LAYER.LINEAR`.
+        optimizer: also the optimizer's, named `optimizer.state.KIND.PARAMETER` (in a save inside a
+            stage `optimizer.distributed.GROUP.BUFFER.KIND`, flat), and the amax histories of
+            fp8_delayed, named `fp8.amax_history.LAYER.LINEAR`.
     """
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint import load as dcp_load

@@ -9,7 +9,7 @@ import torch
 from megatron_vl.config.load import load_stage, to_yaml
 from megatron_vl.run.folder import RunFolder, StageFolder
 from megatron_vl.train.checkpoint import full_tensors, step_folder
-from tests.conftest import LAPTOP, TINY, SmallData
+from tests.conftest import DRAWN, TINY, SmallData
 from tests.support.ranks import RankPool
 from tests.train.stage_jobs import run_stage
 
@@ -20,7 +20,7 @@ def make_run(path: Path, overrides: list[str]) -> StageFolder:
     run = RunFolder(path)
     run.create({"stages": [{"name": "init", "folder": "00_init"}]})
     (stage,) = run.stages()
-    stage.config_path.write_text(to_yaml(load_stage(LAPTOP / "init.yaml", overrides)))
+    stage.config_path.write_text(to_yaml(load_stage(DRAWN, overrides)))
     return stage
 
 
