@@ -103,7 +103,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # The largest logit of each token and the sum of exp(logit - largest).
         largest_RN, total_RN = torch.empty_like(losses_RN), torch.empty_like(losses_RN)
         for span in split.spans(hidden_NH.shape[0]):
-            logits_CV = _product(split.gather(hidden_NH[span]), weight_VH.t())
+            logits_CV = product(split.gather(hidden_NH[span]), weight_VH.t())
             row_C, mine_C = _own_rows(labels_RN[:, span], weight_VH, split)
             largest_C = logits_CV.amax(dim=1)
             if split.group.size() > 1:
@@ -134,7 +134,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
         for span in split.spans(hidden_NH.shape[0]):
             rows_CH = split.gather(hidden_NH[span])
-            grad_CV = _product(rows_CH, weight_VH.t())
+            grad_CV = product(rows_CH, weight_VH.t())
             largest_C, total_C, grad_C = (
                 tensor_RN[:, span].flatten() for tensor_RN in (largest_RN, total_RN, grad_losses_RN)
             )
@@ -145,7 +145,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_hidden_NH is not None:
                 grad_hidden_NH[span] = split.reduce(narrow_CV @ weight_VH)
             if grad_weight_VH is not None:
-                _add_product(grad_weight_VH, narrow_CV.t(), rows_CH)
+                add_product(grad_weight_VH, narrow_CV.t(), rows_CH)
             del grad_CV, narrow_CV  # before the next chunk's are made
         if grad_weight_VH is not None:
             grad_weight_VH = grad_weight_VH.to(weight_VH.dtype)
@@ -160,7 +160,7 @@ def _own_rows(labels_RN: Tensor, weight_VH: Tensor, split: Split) -> tuple[Tenso
     return local_C * here_C, here_C.float()
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, summed and kept in float32."""
     if left.dtype is torch.float32:
         return left @ right
@@ -169,7 +169,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, with a float32 total."""
     if left.dtype is torch.float32:
         total.addmm_(left, right)

@@ -49,7 +49,18 @@ NAMES = {
         "megatron.core.tensor_parallel.mappings:all_to_all",
         "megatron.core.tensor_parallel.mappings:gather_from_sequence_parallel_region",
     ],
+    "checkpoint_writer.py": [
+        "megatron.core.dist_checkpointing.strategies.torch:"
+        "_replace_state_dict_keys_with_sharded_keys",
+        "megatron.core.dist_checkpointing.strategies.torch:mcore_to_pyt_state_dict",
+        "megatron.core.dist_checkpointing.strategies.torch:TorchDistSaveShardedStrategy.async_save",
+        "megatron.core.dist_checkpointing.strategies.state_dict_saver:save_state_dict_async_plan",
+        "torch.distributed.checkpoint.filesystem:_write_item",
+        "torch.distributed.checkpoint.api:_wrap_exception",
+    ],
     "optimizer_state.py": [
+        "megatron.core.optimizer.distrib_optimizer:"
+        "DistributedOptimizer.load_parameter_state_from_dp_reshardable",
         "megatron.core.optimizer:ChainedOptimizer",
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
         "megatron.core.optimizer.distrib_optimizer:"
