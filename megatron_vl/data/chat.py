@@ -17,7 +17,8 @@ The rules:
 
 Messages are those of the Nemotron VLM dataset v2: `{"role", "content"}`, content a string or a list
 of parts `{"type": "text", "text"}`, `{"type": "image", ...}` and `{"type": "video", ...}`. Unknown
-roles and part types are refused.
+roles and part types are refused. Functions to call stand at the end of the system turn; a message
+of the role "tool" is a result, and results that follow each other share a user turn (`tools.py`).
 
 An image stands as `<img>`, one `<image>` for each embedding, `</img>`. A video stands frame by
 frame, each its label and an image of one tile; labels are tokenised each on its own, as the
@@ -25,9 +26,11 @@ published serving code does it, so that their number of tokens does not depend o
 them. Where embeddings are pruned, the first frames hold the places until the encoder has chosen.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +47,18 @@ from megatron_vl.data.tokenizer import (
     SYSTEM,
     Tokenizer,
 )
+from megatron_vl.data.tools import calls_text, offer_text, results_text
 from megatron_vl.sequence.counts import TAGS_PER_IMAGE
 from megatron_vl.sequence.layout import UNSUPERVISED, Document
 from megatron_vl.sequence.visual import ImageSpan, PatchGrid, VideoSpan, reserved_counts
 
 Message = Mapping[str, Any]
+Tool = Mapping[str, Any]
 
 TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 OPEN_TRACE = "<think>\n"
 NO_TRACE = "<think></think>"
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 VISUAL_KINDS = ("image", "video")
 
 Visual = tuple[PatchGrid, ...] | Clip
@@ -83,6 +88,8 @@ def content_parts(message: Message) -> list[tuple[str, str]]:
     if role not in ROLES:
         raise ValueError(f"a message has the role {role!r}; it must be one of {', '.join(ROLES)}")
     content = message["content"]
+    if content is None and message.get("tool_calls"):
+        return []
     if isinstance(content, str):
         return [("text", content)]
     parts: list[tuple[str, str]] = []
@@ -90,7 +97,7 @@ def content_parts(message: Message) -> list[tuple[str, str]]:
         kind = part.get("type")
         if kind == "text":
             parts.append(("text", part["text"]))
-        elif kind in VISUAL_KINDS and role != "assistant":
+        elif kind in VISUAL_KINDS and role in ("system", "user"):
             parts.append((kind, ""))
         else:
             raise ValueError(
@@ -105,7 +112,7 @@ def visual_parts(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
     return [
         part
         for message in messages
-        if not isinstance(message["content"], str)
+        if isinstance(message["content"], Sequence) and not isinstance(message["content"], str)
         for part in message["content"]
         if part["type"] in VISUAL_KINDS
     ]
@@ -115,7 +122,7 @@ def reasoning_mode(messages: Sequence[Message], default: bool = True) -> bool:
     """Whether the last `/think` or `/no_think` of the system and user turns asks for a trace."""
     mode = default
     for message in messages:
-        if message["role"] == "assistant":
+        if message["role"] not in ("system", "user"):
             continue
         text = "".join(text if kind == "text" else " " for kind, text in content_parts(message))
         text = text.replace("</think>", "")
@@ -178,11 +185,39 @@ def _assistant_turn(text: str, turn: int, keep_trace: bool) -> list[Piece]:
     ]
 
 
+def _system_turn(parts: Sequence[tuple[str, str]], tools: Sequence[Tool]) -> list[Piece]:
+    *pieces, last = [Piece("special", SYSTEM), *_prompt_turn("System\n", parts)]
+    if not tools:
+        return [*pieces, last]
+    said = last.text.removesuffix("\n")
+    gap = "\n\n" if said.removeprefix("System\n") or len(pieces) > 1 else ""
+    return [*pieces, Piece("text", f"{said}{gap}{offer_text(tools)}\n")]
+
+
+def _results_turn(messages: Sequence[Message], index: int) -> list[Piece]:
+    """The user turn of the results that begin at `index`; nothing inside a run of results."""
+    if index and messages[index - 1]["role"] == "tool":
+        return []
+    run = takewhile(lambda message: message["role"] == "tool", messages[index:])
+    results = ["".join(text for _, text in content_parts(message)) for message in run]
+    return [Piece("special", SPEAKER), Piece("text", f"User\n{results_text(results)}\n")]
+
+
+def _spoken_text(message: Message) -> str:
+    """What an assistant message says, its calls at the end."""
+    text = "".join(text for _, text in content_parts(message))
+    if not message.get("tool_calls"):
+        return text
+    calls = calls_text(message["tool_calls"])
+    return f"{text.rstrip()}\n\n{calls}" if text.strip() else calls
+
+
 def conversation_pieces(
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool = False,
     reasoning: bool = True,
+    tools: Sequence[Tool] = (),
 ) -> list[Piece]:
     """A conversation as pieces to tokenise, in order.
 
@@ -190,6 +225,7 @@ def conversation_pieces(
         messages: a system message may stand first only.
         add_generation_prompt: open an assistant turn at the end.
         reasoning: mode of that turn where no message switches it.
+        tools: functions the model may call.
 
     Raises:
         ValueError: a system message that is not the first.
@@ -198,7 +234,7 @@ def conversation_pieces(
     if "system" in roles[1:]:
         raise ValueError(f"message {roles.index('system', 1)} is a system message; only 0 may be")
     system = content_parts(messages[0]) if roles[:1] == ["system"] else []
-    pieces = [Piece("special", SYSTEM), *_prompt_turn("System\n", system)]
+    pieces = _system_turn(system, tools)
     assistant = [index for index, role in enumerate(roles) if role == "assistant"]
     last = assistant[-1] if assistant and not add_generation_prompt else -1
     for index, message in enumerate(messages):
@@ -206,8 +242,10 @@ def conversation_pieces(
         if message["role"] == "user":
             pieces += [Piece("special", SPEAKER), *_prompt_turn("User\n", parts)]
         elif message["role"] == "assistant":
-            text = "".join(text for _, text in parts)
+            text = _spoken_text(message)
             pieces += _assistant_turn(text, assistant.index(index), index == last)
+        elif message["role"] == "tool":
+            pieces += _results_turn(messages, index)
     if add_generation_prompt:
         opening = OPEN_TRACE if reasoning_mode(messages, reasoning) else NO_TRACE
         pieces += [Piece("special", SPEAKER), Piece("text", "Assistant\n" + opening)]
@@ -298,10 +336,11 @@ def encode_conversation(
     *,
     add_generation_prompt: bool = False,
     reasoning: bool = True,
+    tools: Sequence[Tool] = (),
 ) -> Document:
     """A conversation as tokens, turn ids and visual spans. See `conversation_pieces`."""
     pieces = conversation_pieces(
-        messages, add_generation_prompt=add_generation_prompt, reasoning=reasoning
+        messages, add_generation_prompt=add_generation_prompt, reasoning=reasoning, tools=tools
     )
     return encode_pieces(pieces, tokenizer, visuals)
 
@@ -325,11 +364,17 @@ def visual_length(visual: Visual, tokenizer: Tokenizer) -> int:
 @lru_cache(maxsize=1)
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(keep_trailing_newline=False)
+    # As transformers has it: jinja's own escapes what HTML would trip over.
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     return environment.from_string(TEMPLATE_PATH.read_text(encoding="utf-8"))
 
 
 def render_template(
-    messages: Sequence[Message], *, add_generation_prompt: bool = False, reasoning: bool = True
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    reasoning: bool = True,
+    tools: Sequence[Tool] = (),
 ) -> str:
     """The conversation as chat_template.jinja renders it.
 
@@ -339,4 +384,5 @@ def render_template(
         messages=messages,
         add_generation_prompt=add_generation_prompt,
         enable_thinking=reasoning,
+        tools=tools or None,
     )

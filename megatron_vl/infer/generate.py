@@ -1,51 +1,27 @@
-"""`mvl generate`: ask a checkpoint about text and pictures.
+"""`mvl generate`: ask a checkpoint or a release about text, pictures, documents and videos.
 
-Greedy decoding, as the paper does with reasoning off. Every new token runs the whole sequence
-again: exact and simple, and quadratic in the length of the answer, which a laptop-sized model does
-not feel. Serving belongs to an exported checkpoint.
+Greedy unless a temperature is given. Every token after the prompt costs one token, by the cache of
+keys, values and Mamba states. One process, one conversation at a time: for looking at a model, not
+for serving, which belongs to vLLM and an exported folder.
 """
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
-from megatron_vl.data.chat import visual_parts
-from megatron_vl.data.encode import encode_prompt, load_tokenizer
-from megatron_vl.data.headers import image_header
-from megatron_vl.data.loader import held_out_examples
+from megatron_vl.data.chat import Tool, visual_parts
+from megatron_vl.infer.decode import Answer, Options, respond
 from megatron_vl.infer.model import OpenModel, open_model
+from megatron_vl.infer.question import Question, asked, held_out
+from megatron_vl.infer.sampling import Sampling
 from megatron_vl.run.folder import RunFolder
 
+__all__ = ["Question", "answer", "asked", "held_out", "main", "open_model"]
 
-@dataclass(frozen=True)
-class Question:
-    """What is asked.
-
-    Attributes:
-        messages: conversation in the internal form, ending with the user's turn.
-        images: encoded images and videos, in the order of their parts.
-        reference: the known answer, if the question is a held-out sample.
-    """
-
-    messages: list[dict[str, Any]]
-    images: list[bytes]
-    reference: str | None = None
-
-    @property
-    def prompt(self) -> str:
-        """The text of the last user turn."""
-        return text_of(self.messages[-1])
-
-
-def text_of(message: dict[str, Any]) -> str:
-    """The text parts of one message."""
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
+Opener = Callable[[Path], AbstractContextManager[OpenModel]]
 
 
 def answer(
@@ -54,87 +30,100 @@ def answer(
     *,
     reasoning: bool,
     max_new_tokens: int,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] | None = None,
 ) -> str:
-    """Greedy answer to one question, without special tokens.
-
-    Args:
-        say: called with the whole answer so far after each token.
+    """Greedy answer to one question, without special tokens; see `respond` for all options.
 
     Raises:
         ValueError: the prompt leaves no room for an answer.
     """
-    prompt = encode_prompt(model.config, question.messages, question.images, reasoning)
-    room = model.config.data.sequence_length - prompt.num_tokens
-    if room <= 0:
-        raise ValueError(
-            f"the prompt has {prompt.num_tokens} tokens, the stage's sequence_length is "
-            f"{model.config.data.sequence_length}; shorten it by {1 - room} tokens"
-        )
-    tokenizer = load_tokenizer(model.config)
-    new: list[int] = []
-    for _ in range(min(room, max_new_tokens)):
-        token = int(model.last_logits(prompt, new).argmax())
-        if token == tokenizer.end_of_turn_id:
-            break
-        new.append(token)
-        say(tokenizer.decode(new, skip_special=True))
-    return tokenizer.decode(new, skip_special=True)
+    options = Options(max_new_tokens=max_new_tokens, reasoning=reasoning)
+    return respond(model, question, options, say).text
 
 
-def asked(prompt: str, image: str | None) -> Question:
-    """A question from the command line.
+def main(args: Namespace, opener: Opener = open_model) -> int:
+    """Answer the question on the command line, or held-out ones; a run keeps what was said.
 
-    Raises:
-        FileNotFoundError: there is no such image.
-        ValueError: the file is no picture.
+    Args:
+        opener: opens what the command line names.
     """
-    parts: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
-    if image is None:
-        return Question([{"role": "user", "content": parts}], [])
-    data = Path(image).read_bytes()
-    try:
-        image_header(data)
-    except Exception as error:
-        raise ValueError(f"{image} is not a picture that can be read; use JPEG or PNG") from error
-    return Question(
-        [{"role": "user", "content": [{"type": "image", "image": image}, *parts]}], [data]
+    options = _options(args)
+    tools = _tools(args.tools)
+    path = Path(args.checkpoint)
+    with opener(path) as model:
+        print(f"opened {model.origin}", file=sys.stderr, flush=True)
+        if args.held_out:
+            questions = held_out(model, args.held_out, args.count, evs_rate=args.evs_rate)
+        else:
+            question = asked(
+                args.prompt,
+                args.shown or (),
+                system=args.system,
+                pages=args.pages,
+                tools=tools,
+                evs_rate=args.evs_rate,
+            )
+            questions = [question]
+        for number, question in enumerate(questions):
+            said = respond(model, question, options)
+            _print(question, said, as_json=args.json)
+            if RunFolder(path).exists():
+                name = f"{args.held_out or 'asked'}_{number}"
+                _keep(RunFolder(path), question, said.text, name)
+    return 0
+
+
+def _options(args: Namespace) -> Options:
+    reasoning = args.reasoning == "on"
+    if args.reasoning_budget is not None and not reasoning:
+        raise ValueError("--reasoning-budget bounds a trace, and there is none; add --reasoning on")
+    return Options(
+        max_new_tokens=args.max_new_tokens,
+        reasoning=reasoning,
+        reasoning_budget=args.reasoning_budget,
+        sampling=Sampling(args.temperature, args.top_p, args.top_k, args.seed),
     )
 
 
-def held_out(model: OpenModel, source: str, count: int) -> list[Question]:
-    """The first held-out samples of a source, up to their first answer."""
-    questions = []
-    for messages, images in held_out_examples(model.config, source, count):
-        first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        asked_messages = messages[:first]
-        shown = len(visual_parts(asked_messages))
-        questions.append(Question(asked_messages, images[:shown], text_of(messages[first])))
-    return questions
+def _tools(file: str | None) -> list[Tool]:
+    """Functions from a JSON file.
+
+    Raises:
+        ValueError: it holds no list of objects.
+    """
+    if file is None:
+        return []
+    try:
+        listed = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error})") from error
+    if not isinstance(listed, list) or not all(isinstance(tool, dict) for tool in listed):
+        raise ValueError(
+            f"{file} must hold a JSON list of functions, each with name, description and parameters"
+        )
+    return listed
 
 
-def main(args: Namespace) -> int:
-    """Answer the question on the command line, or held-out ones; a run keeps what was said."""
-    path = Path(args.checkpoint)
-    with open_model(path) as model:
-        if args.held_out:
-            questions = held_out(model, args.held_out, args.count)
-        else:
-            questions = [asked(args.prompt, args.image)]
-        for number, question in enumerate(questions):
-            text = answer(
-                model,
-                question,
-                reasoning=args.reasoning == "on",
-                max_new_tokens=args.max_new_tokens,
-            )
-            print(f"> {question.prompt.strip()}\n{text}", flush=True)
-            if question.reference is not None:
-                print(f"(held-out answer: {question.reference})", flush=True)
-            if RunFolder(path).exists():
-                name = f"{args.held_out or 'asked'}_{number}"
-                _keep(RunFolder(path), question, text, name)
-    return 0
+def _print(question: Question, said: Answer, *, as_json: bool) -> None:
+    if as_json:
+        record = {
+            "prompt": question.prompt,
+            "answer": said.reply,
+            "trace": said.trace,
+            "tool_calls": said.tool_calls,
+            "finish": said.finish,
+            "budget_spent": said.budget_spent,
+            "prompt_tokens": said.prompt_tokens,
+            "tokens": said.tokens,
+            "reference": question.reference,
+            "prefill_seconds": round(said.prefill_seconds, 4),
+            "decode_seconds": round(said.decode_seconds, 4),
+        }
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+        return
+    print(f"> {question.prompt.strip()}\n{said.text}", flush=True)
+    if question.reference is not None:
+        print(f"(held-out answer: {question.reference})", flush=True)
 
 
 def _keep(run: RunFolder, question: Question, text: str, name: str) -> None:

@@ -3,19 +3,24 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_vl.config.load import load_stage
 from megatron_vl.config.schema import ParallelConfig, StageConfig
+from megatron_vl.data.encode import load_tokenizer
 from megatron_vl.data.pack import Pack
+from megatron_vl.data.tokenizer import Tokenizer
 from megatron_vl.engine import process_groups
 from megatron_vl.engine.packed import packed_sequence
 from megatron_vl.engine.platform import PLATFORM
+from megatron_vl.model.cache import DecodingCache
 from megatron_vl.model.visual import visual_input
 from megatron_vl.model.vlm import VisionLanguageModel
 from megatron_vl.run.folder import RunError, RunFolder
@@ -26,14 +31,37 @@ from megatron_vl.train.checkpoint import STATE_FILE, latest, load_weights
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model with its weights in place, and the stage config it was trained under."""
+    """A model with its weights in place.
+
+    Attributes:
+        config: the stage config it was trained under; of a release, one made of its config files.
+        origin: what was opened, in words.
+        own_tokenizer: of a release; a checkpoint's lies beside its stage's data.
+    """
 
     module: VisionLanguageModel
     config: StageConfig
+    origin: str = ""
+    own_tokenizer: Tokenizer | None = None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer. Raises FileNotFoundError or ValueError where there is none that fits."""
+        return self.own_tokenizer or load_tokenizer(self.config)
+
+    def decoding(self, room: int) -> DecodingCache:
+        """A cache for one conversation of at most `room` tokens, answer included."""
+        return DecodingCache(self.module, room)
+
+    def known(self, logits_V: Tensor) -> Tensor:
+        """Logits (vocab_size,) without the vocabulary's padding rows, which are no tokens."""
+        return logits_V[: self.config.model.vocab_size]
 
     @torch.no_grad()
     def last_logits(self, prompt: Pack, new_tokens: list[int]) -> Tensor:
-        """Logits after the last token of one document, float32 on the host.
+        """Logits after the last token of one document, float32 on the host, without a cache.
+
+        Runs the whole sequence: the reference that cached decoding is compared with.
 
         Args:
             prompt: a pack of one document without padding.
@@ -73,7 +101,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if run.exists():
         for stage in reversed(run.stages()):
             receipt = stage.receipt()
-            if receipt is not None and receipt.done:
+            if receipt is not None and receipt.done and receipt.checkpoint is not None:
                 return stage.checkpoint_path(receipt), stage.config_path
         raise RunError(f"{asked}: no stage of this run is done yet; `mvl status {asked}` shows it")
     for checkpoint, stage_path in (
@@ -93,14 +121,25 @@ def open_model(path: Path) -> Iterator[OpenModel]:
     """Load the model a path stands for (see `find_checkpoint`) on this one process."""
     checkpoint, config_path = find_checkpoint(path)
     config = load_stage(config_path)
+    with empty_model(config) as (module, groups):
+        load_weights(checkpoint, module, groups)
+        module.eval()
+        yield OpenModel(module, config, f"checkpoint {checkpoint} (stage {config.name})")
+
+
+@contextlib.contextmanager
+def empty_model(
+    config: StageConfig,
+) -> Iterator[tuple[VisionLanguageModel, ProcessGroupCollection]]:
+    """The model of a stage, whole on this one process, its weights not yet in place.
+
+    Sets the config's layout to that of one rank.
+    """
     config.parallel = ParallelConfig()
     with TemporaryDirectory(prefix="mvl-") as folder:
         process_groups.join_world(rank=0, size=1, init_method=f"file://{folder}/world")
         try:
             groups = process_groups.create(config.parallel, config.train.seed)
-            module = build_model(config, groups)
-            load_weights(checkpoint, module, groups)
-            module.eval()
-            yield OpenModel(module, config)
+            yield build_model(config, groups), groups
         finally:
             process_groups.leave_world()

@@ -5,6 +5,7 @@ Shapes: L sequence (this rank's part between layers under sequence parallelism),
 V rows of the output matrix on this rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.models.mamba.mamba_model import MambaModel
@@ -17,6 +18,9 @@ from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.engine.layer_specs import Blocks, hybrid_decoder_spec
 from megatron_vl.engine.transformer_configs import decoder_config
 from megatron_vl.engine.vocab_loss import Split, chunked_cross_entropy
+
+Head = Callable[[Tensor, Tensor, Split], Tensor]
+"""What the last stage makes of hidden states (L, B, H) and its rows (V, H) of the output matrix."""
 
 
 class HybridDecoder(MambaModel):
@@ -35,6 +39,7 @@ class HybridDecoder(MambaModel):
         hidden_LBH: Tensor | None,
         pack: PackedSeqParams | None,
         labels_BL: Tensor | None = None,
+        head: Head | None = None,
     ) -> Tensor:
         """Run the layers and, on the last stage, the head.
 
@@ -43,6 +48,7 @@ class HybridDecoder(MambaModel):
                 the pipeline schedule has set.
             pack: the documents; None for one document a row.
             labels_BL: int64 next tokens of the whole sequence; None asks for logits.
+            head: what the last stage returns instead; then no labels are needed.
 
         Returns:
             Last stage: loss of each token (B, L) in float32, or logits (B, L, V) of the whole
@@ -53,6 +59,8 @@ class HybridDecoder(MambaModel):
         )
         if not self.post_process:
             return hidden_LBH
+        if head is not None:
+            return head(hidden_LBH, self.output_layer.weight, self.split)
         if labels_BL is None:
             logits_LBV, _ = self.output_layer(hidden_LBH)
             return logits_LBV.transpose(0, 1).contiguous()

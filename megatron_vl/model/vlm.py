@@ -28,7 +28,7 @@ from megatron_vl.engine.context_parallel import gather
 from megatron_vl.engine.layer_specs import Blocks
 from megatron_vl.engine.packed import PackedSequence
 from megatron_vl.engine.transformer_configs import decoder_config
-from megatron_vl.model.decoder import build_decoder
+from megatron_vl.model.decoder import Head, build_decoder
 from megatron_vl.model.evs import place_videos
 from megatron_vl.model.projector import build_projector, pixel_shuffle
 from megatron_vl.model.radio import RadioEncoder
@@ -98,6 +98,7 @@ class VisionLanguageModel(MegatronModule):
         visual: VisualInput | None,
         pack: PackedSequence,
         labels_BL: Tensor | None = None,
+        head: Head | None = None,
     ) -> Tensor:
         """Run this stage over one pack (B = 1).
 
@@ -107,6 +108,7 @@ class VisionLanguageModel(MegatronModule):
             visual: the pictures, and where their embeddings go; needed on the first stage alone.
             pack: the documents of the pack.
             labels_BL: int64 next tokens of this rank's part (B, S); None asks for logits.
+            head: what the last stage returns instead, see `HybridDecoder`.
 
         Returns:
             Last stage: loss of each token (B, S) in float32, or logits (B, S, vocabulary part).
@@ -115,14 +117,14 @@ class VisionLanguageModel(MegatronModule):
         hidden_LBH = None
         if self.pre_process:
             assert visual is not None
-            hidden_LBH = self._embed(tokens_BL, visual, pack)
+            hidden_LBH = self.embed(tokens_BL, visual, pack)
             if self.config.sequence_parallel:
                 hidden_LBH = scatter_to_sequence_parallel_region(
                     hidden_LBH, group=self.tensor_group
                 )
-        return self.language_model(hidden_LBH, pack, labels_BL)
+        return self.language_model(hidden_LBH, pack, labels_BL, head)
 
-    def _embed(self, tokens_BL: Tensor, visual: VisualInput, pack: PackedSequence) -> Tensor:
+    def embed(self, tokens_BL: Tensor, visual: VisualInput, pack: PackedSequence) -> Tensor:
         """Token embeddings with visual embeddings in their places, (S, B, H)."""
         tokens_L, rows_L = tokens_BL.squeeze(0), visual.rows_L
         if visual.grids:
