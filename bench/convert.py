@@ -5,8 +5,9 @@
 
 Random bfloat16 weights of one width and growing depth. Conversions and copies take turns, the best
 of three counts; each conversion runs in a fresh process, whose start is not timed and whose
-anonymous resident memory (RssAnon) is sampled. Export compares the checkpoint with its receipt only
-on the second line: that reads and hashes every byte once more. Everything written is fsynced by
+anonymous resident memory (RssAnon) is sampled. Rates count the bytes of the BF16 weights,
+also where a quantized export writes fewer. Export compares the checkpoint with its receipt only
+on its second line: that reads and hashes every byte once more. Everything written is fsynced by
 both.
 """
 
@@ -36,7 +37,9 @@ from checkpoint_tools.published_folder import (
     index_text,
     shard_name,
 )
+from checkpoint_tools.quantized_layout import INPUT_AMAX, Calibration, quantized_modules
 from checkpoint_tools.safetensors_file import SafetensorsWriter, TensorSpec
+from checkpoint_tools.stage_source import open_stage
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.config.schema_data import DataConfig
 from megatron_vl.config.schema_model import (
@@ -163,9 +166,22 @@ def _import(folder: Path, out: Path) -> None:
     import_folder(folder, out, None, 0, lambda progress: None)
 
 
-def _export(path: Path, out: Path, check: bool) -> None:
-    options = ExportOptions(check_digest=check)
+def _export(
+    path: Path, out: Path, check: bool, kind: str = "bf16", amax: Path | None = None
+) -> None:
+    options = ExportOptions(kind, check_digest=check, amax=amax)
     export(path, out, options, lambda progress: None)
+
+
+def _amax(stage: Path, path: Path) -> None:
+    """An amax file with 1 for every module: what it says does not change the work."""
+    source = open_stage(stage)
+    names = [module + INPUT_AMAX for module in quantized_modules(source.table.rules)]
+    specs = {name: TensorSpec(torch.float32, ()) for name in names}
+    writer = SafetensorsWriter(path, specs, Calibration(source.digest, 1, 1, 0).metadata())
+    for name in names:
+        writer.write(name, torch.ones(()))
+    writer.finish()
 
 
 def _copy(source: Path, out: Path) -> tuple[float, int]:
@@ -186,11 +202,15 @@ def _bench(gigabytes: float, base: Path) -> None:
     _fresh(_import, random, stage)
     shutil.rmtree(random)
     _fresh(_export, stage, published, False)  # the same, with recorded hashes
+    amax = base / "amax.safetensors"
+    _amax(stage, amax)
     runs: dict[str, Callable[[], tuple[float, int]]] = {
         "cp + fsync": lambda: _copy(published, out),
         "import": lambda: _fresh(_import, published, out),
         "export": lambda: _fresh(_export, stage, out, False),
         "export, receipt checked": lambda: _fresh(_export, stage, out, True),
+        "export fp8": lambda: _fresh(_export, stage, out, False, "fp8", amax),
+        "export nvfp4": lambda: _fresh(_export, stage, out, False, "nvfp4", amax),
     }
     best: dict[str, tuple[float, int]] = {}
     for _ in range(ROUNDS):

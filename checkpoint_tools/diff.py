@@ -173,6 +173,8 @@ def _state(one: Side, other: Side) -> dict[str, tuple[Any, Any]]:
     if one.source is None or other.source is None:
         return {}
     before, after = asdict(one.source.state), asdict(other.source.state)
+    for state in (before, after):
+        del state["files"]  # digests of files: what differs inside them is told by the weights
     return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 

@@ -113,7 +113,7 @@ def _stage(one: Ancestor) -> dict[str, Any]:
 def _explain_published(path: Path, verify: bool) -> dict[str, Any]:
     folder = PublishedFolder(path)
     model = model_of(folder.config)
-    _check_published(folder, name_table(model))
+    check_published_folder(folder, name_table(model))
     if verify:
         if not folder.sha256:
             raise ConversionError(f"{path} records no hashes, so nothing can be verified")
@@ -133,7 +133,7 @@ def _explain_published(path: Path, verify: bool) -> dict[str, Any]:
     }
 
 
-def _check_published(folder: PublishedFolder, table: NameTable) -> None:
+def check_published_folder(folder: PublishedFolder, table: NameTable) -> None:
     """Raise NamesError unless a folder, quantized or not, holds exactly its model's tensors."""
     chosen, shapes = described(folder.config), folder.shapes()
     if chosen is not None:

@@ -35,6 +35,7 @@ from checkpoint_tools.quantized_layout import (
     MODELOPT,
     NVFP4,
     QUANTIZED,
+    Calibration,
     Quantization,
     applies,
     hf_quant_config,
@@ -45,7 +46,7 @@ from checkpoint_tools.quantized_layout import (
 )
 from checkpoint_tools.safetensors_file import TensorSpec
 from checkpoint_tools.stage_source import StageSource, open_stage
-from checkpoint_tools.streaming import Record, Report, Stream, Task, cast, plan_shards
+from checkpoint_tools.streaming import Record, Report, Stream, Task, cast, plan_shards, spec_of
 from checkpoint_tools.tensor_bytes import DTYPE_NAMES
 from checkpoint_tools.workspace import Workspace, files_identity
 from megatron_vl.run.versions import versions
@@ -57,6 +58,7 @@ FORMATS = {
     NVFP4: torch.bfloat16,
 }
 """Type of what is not quantized."""
+QUANT_CONFIG_FILE = "hf_quant_config.json"
 SHARD_BYTES = 4 * 10**9
 
 
@@ -71,7 +73,8 @@ class ExportOptions:
         check_digest: compare the files with the stage's receipt first; reads all of them.
         tokenizer: a tokenizer.json; by default the one beside the checkpoint or its data.
         layout: of the quantized formats, a name of `LAYOUTS`.
-        amax: calibrated inputs, an amax.safetensors; the quantized formats need it.
+        amax: calibrated inputs, an amax.safetensors; the quantized formats need it, unless a
+            distillation trained the checkpoint under its own.
     """
 
     format: str = "bf16"
@@ -99,9 +102,8 @@ def export(path: Path, out: Path, options: ExportOptions, report: Report) -> Non
     table = name_table(
         source.config.model, Growth(rows, source.config.model.encoder.num_prefix_tokens)
     )
-    chosen = _quantization(options, table)
+    chosen = _quantization(options, table, source)
     tasks = export_tasks(source, table, FORMATS[options.format], chosen)
-    specs = {name: spec for task in tasks for name, spec in task.outputs.items()}
     shards = plan_shards(tasks, options.shard_bytes, shard_name)
     plan = {
         "what": "export",
@@ -119,26 +121,30 @@ def export(path: Path, out: Path, options: ExportOptions, report: Report) -> Non
             report,
         )
         records = stream.run(shards)
-        dtype = str(FORMATS[options.format]).removeprefix("torch.")
-        config = published_config(source.config, rows, dtype, files.ids)
-        if chosen is not None:
-            config["quantization_config"] = quantization_config(chosen, table.rules)
-            if chosen.layout == MODELOPT:
-                said = hf_quant_config(chosen, table.rules)
-                (workspace.path / "hf_quant_config.json").write_text(json.dumps(said, indent=2))
-        _write_rest(workspace.path, source, files, config, records, specs)
+        said = config_files(source, table, rows, options.format, chosen, files)
+        for name, value in said.items():
+            (workspace.path / name).write_text(json.dumps(value, indent=2) + "\n")
+        _write_rest(workspace.path, source, files, said[CONFIG_FILE], records, chosen)
         workspace.publish()
 
 
-def _quantization(options: ExportOptions, table: NameTable) -> Quantization | None:
+def _quantization(
+    options: ExportOptions, table: NameTable, source: StageSource
+) -> Quantization | None:
     if options.format not in QUANTIZED:
         return None
-    if options.amax is None:
+    amax = options.amax or source.trained_amax
+    if amax is None:
         raise ConversionError(
             f"--format {options.format} needs the calibrated inputs: --amax amax.safetensors"
         )
-    inputs = read_amax(options.amax, table.rules)
-    return Quantization(options.format, options.layout, inputs)
+    inputs, made = read_amax(amax, table.rules), Calibration.read(amax)
+    if made.digest != source.digest:
+        raise ConversionError(
+            f"{amax} was measured on another checkpoint (digest {made.digest[:12]}, this "
+            f"one has {source.digest[:12]}); run `mvl checkpoint calibrate` on this one"
+        )
+    return Quantization(options.format, options.layout, inputs, made)
 
 
 def export_tasks(
@@ -162,6 +168,30 @@ def export_tasks(
     return constants + tasks
 
 
+def config_files(
+    source: StageSource,
+    table: NameTable,
+    rows: int,
+    format_name: str,
+    chosen: Quantization | None,
+    files: release_files.ReleaseFiles,
+) -> dict[str, dict[str, Any]]:
+    """config.json and, where the layout has one, hf_quant_config.json, by name.
+
+    Args:
+        rows: of the vocabulary, as published.
+    """
+    dtype = str(FORMATS[format_name]).removeprefix("torch.")
+    config = published_config(source.config, rows, dtype, files.ids)
+    if chosen is None:
+        return {CONFIG_FILE: config}
+    config["quantization_config"] = quantization_config(chosen, table.rules)
+    said = {CONFIG_FILE: config}
+    if chosen.layout == MODELOPT:
+        said[QUANT_CONFIG_FILE] = hf_quant_config(chosen, table.rules)
+    return said
+
+
 def _plain(spec: TensorSpec) -> list[Any]:
     return [DTYPE_NAMES[spec.dtype], list(spec.shape)]
 
@@ -172,13 +202,15 @@ def _write_rest(
     files: release_files.ReleaseFiles,
     config: dict[str, Any],
     records: dict[str, Record],
-    specs: dict[str, TensorSpec],
+    chosen: Quantization | None,
 ) -> None:
     """Everything that is not a shard; the checksums last, as they cover the rest."""
+    specs = {n: spec_of(entry) for record in records.values() for n, entry in record.items()}
     (folder / INDEX_FILE).write_text(index_text(records, specs))
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     files.write(folder, source, config, sum(spec.num_bytes for spec in specs.values()))
     made = {"made_by": "mvl checkpoint export", **provenance(source), "exported_with": versions()}
+    if chosen is not None:
+        made["calibration"] = chosen.provenance()
     (folder / PROVENANCE_FILE).write_text(json.dumps(made, indent=1) + "\n")
     tensors = {
         name: {"file": file, **entry}

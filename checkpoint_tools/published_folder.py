@@ -22,6 +22,7 @@ from checkpoint_tools.safetensors_file import (
     TensorSpec,
     read_entry,
     read_header,
+    unique_keys,
 )
 from checkpoint_tools.streaming import Format, Record
 
@@ -140,7 +141,7 @@ class PublishedFolder:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; ConversionError where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):

@@ -8,7 +8,8 @@ matrix and convolutions stay bfloat16. Query, key and value share the scales a f
 shared: the input scale, and in NVFP4 the tensor scale of the weight.
 
 The calibrated side is an `amax.safetensors`: `MODULE.input_amax`, one float32 number for each
-quantized module under its published name, complete in both directions.
+quantized module under its published name, complete in both directions, and in the file's metadata
+which checkpoint it was measured on.
 """
 
 import re
@@ -23,7 +24,7 @@ from torch import Tensor
 from checkpoint_tools import quantize
 from checkpoint_tools.errors import ConversionError
 from checkpoint_tools.names import Rule, Slot, compare
-from checkpoint_tools.safetensors_file import TensorSpec, read_entry, read_header
+from checkpoint_tools.safetensors_file import TensorSpec, read_entry, read_header, read_metadata
 
 MODELOPT, COMPRESSED = "modelopt", "compressed_tensors"
 LAYOUTS = (MODELOPT, COMPRESSED)
@@ -44,6 +45,39 @@ Outputs = dict[str, TensorSpec]
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What an amax file says about itself.
+
+    Attributes:
+        digest: of the checkpoint it was measured on.
+        packs, tokens: of the stage's data, that were looked at.
+        seed: of the plan they come from.
+    """
+
+    digest: str
+    packs: int
+    tokens: int
+    seed: int
+
+    def metadata(self) -> dict[str, str]:
+        """As a safetensors file holds it."""
+        return {name: str(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def read(cls, path: Path) -> "Calibration":
+        """That of a file. Raises ConversionError where it does not say."""
+        said = read_metadata(path)
+        try:
+            numbers = (int(said[name]) for name in ("packs", "tokens", "seed"))
+            return cls(said["digest"], *numbers)
+        except (KeyError, ValueError) as error:
+            raise ConversionError(
+                f"{path} does not say which checkpoint it was measured on ({error!r}); make it "
+                "with `mvl checkpoint calibrate`"
+            ) from error
+
+
+@dataclass(frozen=True)
 class Quantization:
     """A number format, a layout, and the largest inputs of every quantized module.
 
@@ -51,11 +85,18 @@ class Quantization:
         format: fp8 or nvfp4.
         layout: modelopt or compressed_tensors.
         inputs: float32 number by module.
+        calibration: where they come from.
     """
 
     format: str
     layout: str
     inputs: Mapping[str, Tensor]
+    calibration: Calibration | None = None
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the inputs come from and what they are, for `provenance.json`."""
+        said = vars(self.calibration) if self.calibration is not None else {}
+        return {**said, "input_amax": {name: float(v) for name, v in self.inputs.items()}}
 
 
 def quantized_modules(rules: Sequence[Rule]) -> list[str]:
@@ -235,7 +276,9 @@ def _group(chosen: Quantization) -> dict[str, Any]:
     half |= {"symmetric": True, "strategy": "tensor"}
     inputs = dict(half)
     if chosen.format == NVFP4:
-        half |= {"strategy": "tensor_group", "group_size": quantize.GROUP}
+        # Without these types a reader keeps the blocks' scales of the inputs unrounded.
+        rounded = dict.fromkeys(("scale_dtype", "zp_dtype"), "torch.float8_e4m3fn")
+        half |= {"strategy": "tensor_group", "group_size": quantize.GROUP, **rounded}
         inputs = {**half, "dynamic": "local"}
     return {
         "weights": half,

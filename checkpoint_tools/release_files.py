@@ -55,10 +55,8 @@ class ReleaseFiles:
         self, folder: Path, source: StageSource, config: dict[str, Any], num_bytes: int
     ) -> None:
         """Write all of them."""
-        code = Path(hf_model.__file__).parent
-        for name in _CODE:
-            shutil.copyfile(code / name, folder / name)
-        shutil.copyfile(megatron_vl.sequence.grids.__file__, folder / _GRIDS)
+        for name, path in code_files().items():
+            shutil.copyfile(path, folder / name)
         shutil.copyfile(TEMPLATE_PATH, folder / "chat_template.jinja")
         (folder / PUBLISHED_TOKENIZER).write_text(self._silent_tokenizer(), encoding="utf-8")
         for name, value in {
@@ -84,6 +82,15 @@ class ReleaseFiles:
             "pad_token_id": self.ids.pad,
             "do_sample": False,
         }
+
+
+def code_files() -> dict[str, Path]:
+    """The code of a release: name there to file here."""
+    code = Path(hf_model.__file__).parent
+    return {
+        **{name: code / name for name in _CODE},
+        _GRIDS: Path(megatron_vl.sequence.grids.__file__),
+    }
 
 
 def gather(source: StageSource, tokenizer: Path | None) -> ReleaseFiles:

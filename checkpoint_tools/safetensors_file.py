@@ -55,9 +55,15 @@ class Entry:
     offset: int
 
 
-def header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:
-    """The header of a file whose tensors follow in this order, its length in front."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def header_bytes(
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The header of a file whose tensors follow in this order, its length in front.
+
+    Args:
+        metadata: what the file says about itself besides its kind.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, spec in specs.items():
         entries[name] = {
@@ -71,19 +77,42 @@ def header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says about itself, empty where it says nothing; raises as `read_header`."""
+    read_header(path)
+    _, text = _header_text(path)
+    return dict(json.loads(text).get("__metadata__", {}))
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON text. Raises ValueError where it names a key twice, which readers settle
+    differently."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it names {twice} twice")
+    return found
+
+
+def _header_text(path: Path) -> tuple[bytes, bytes]:
+    with path.open("rb") as file:
+        start = file.read(_LENGTH_BYTES)
+        length = int.from_bytes(start, "little")
+        return start, file.read(length) if length <= _MOST_HEADER_BYTES else b""
+
+
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a file, in the order they lie.
 
     Raises:
-        ConversionError: the file is no safetensors file, is cut off, or its header and its length
-            disagree.
+        ConversionError: the file is no safetensors file, is cut off, names a tensor twice, or its
+            header and its length disagree.
         OSError: it cannot be read.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(_LENGTH_BYTES)
-        length = int.from_bytes(start, "little")
-        text = file.read(length) if length <= _MOST_HEADER_BYTES else b""
+    start, text = _header_text(path)
+    length = int.from_bytes(start, "little")
     if not text.startswith(b"{"):
         kind = (
             "a pickle or a torch.save archive" if start[:2] in (b"PK", b"\x80\x02") else "not one"
@@ -93,7 +122,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             "Convert it with the program that wrote it"
         )
     try:
-        listed = json.loads(text)
+        listed = json.loads(text, object_pairs_hook=unique_keys)
         listed.pop("__metadata__", None)
         entries = {
             name: Entry(
@@ -127,13 +156,19 @@ class SafetensorsWriter:
     Args:
         path: the file, replaced if it is there.
         specs: every tensor, in order.
+        metadata: see `header_bytes`.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        specs: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self._file = path.open("wb", buffering=0)
         self._flusher = Flusher(self._file)
         self._waiting = dict(specs)
-        write_all(self._file, memoryview(header_bytes(specs)))
+        write_all(self._file, memoryview(header_bytes(specs, metadata)))
 
     def write(self, name: str, tensor: Tensor) -> dict[str, int]:
         """Append the next tensor."""

@@ -8,6 +8,7 @@ from checkpoint_tools.errors import ConversionError
 from checkpoint_tools.lineage import Ancestor, lineage
 from checkpoint_tools.name_rules import name_table
 from checkpoint_tools.names import NameTable
+from checkpoint_tools.quantized_layout import Calibration
 from checkpoint_tools.torch_dist import DistributedCheckpoint
 from megatron_vl.config.load import load_stage
 from megatron_vl.config.schema import StageConfig
@@ -16,6 +17,7 @@ from megatron_vl.run.digest import checkpoint_digest
 from megatron_vl.run.folder import StageFolder
 from megatron_vl.run.receipt import Receipt
 from megatron_vl.train.checkpoint import LoopState, read_state
+from megatron_vl.train.distill import AMAX_FILE
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,21 @@ class StageSource:
     def ancestors(self) -> list[Ancestor]:
         """The stages up to this one, oldest first."""
         return lineage(self.stage)
+
+    @cached_property
+    def digest(self) -> str:
+        """The checkpoint's digest: as its receipt says, or else of its files, which are read."""
+        if self.receipt is not None and self.receipt.checkpoint is not None:
+            return self.receipt.checkpoint.digest
+        return checkpoint_digest(self.checkpoint.folder)
+
+    @cached_property
+    def trained_amax(self) -> Path | None:
+        """The calibration that a distillation trained this checkpoint under; None of any other."""
+        path = self.stage.path / AMAX_FILE
+        if path.is_file() and Calibration.read(path).digest == self.digest:
+            return path
+        return None
 
     def check_digest(self) -> None:
         """Raise ConversionError unless the files are those the receipt names; reads them all."""

@@ -17,6 +17,7 @@ from launch import exit_codes
 
 _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _CHECKPOINT = "a run, a stage folder of one, or a checkpoint"
+_SHARDS = "as in 500MB; default: 4GB"
 
 
 def add_commands(inside: Any, command: Callable[..., Any]) -> None:
@@ -37,9 +38,7 @@ def add_commands(inside: Any, command: Callable[..., Any]) -> None:
         "--format", choices=("bf16", "fp32", "fp8", "nvfp4"), default="bf16",
         help="type of the weights; default: bf16, which rounds a float32 checkpoint",
     )  # fmt: skip
-    export.add_argument(
-        "--shard-size", type=size, default="4GB", metavar="N", help="as in 500MB; default: 4GB"
-    )
+    export.add_argument("--shard-size", type=size, default="4GB", metavar="N", help=_SHARDS)
     export.add_argument(
         "--keep-padding", action="store_true", help="publish the vocabulary's padding rows too"
     )
@@ -47,10 +46,7 @@ def add_commands(inside: Any, command: Callable[..., Any]) -> None:
     export.add_argument(
         "--amax", metavar="F", help="calibrated inputs (amax.safetensors), for fp8 and nvfp4"
     )
-    export.add_argument(
-        "--layout", choices=("modelopt", "compressed_tensors"), default="modelopt",
-        help="how fp8 and nvfp4 tensors are named; default: modelopt",
-    )  # fmt: skip
+    _add_layout(export)
     export.add_argument(
         "--no-verify", action="store_true", help="do not compare the checkpoint with its receipt"
     )
@@ -76,7 +72,62 @@ def add_commands(inside: Any, command: Callable[..., Any]) -> None:
     assemble.add_argument("--encoder", required=True, metavar="HF", help="a RADIO folder")
     assemble.add_argument("out", metavar="OUT", help="the stage folder to make")
     assemble.add_argument("--like", required=True, metavar="F", help="the stage file it shall be")
+    _add_release_commands(inside, command)
     _add_looking_commands(inside, command)
+
+
+def _add_release_commands(inside: Any, command: Callable[..., Any]) -> None:
+    here = "launch.checkpoint_commands:"
+    calibrate = command(
+        inside, "calibrate", here + "calibrate",
+        "Measure the largest inputs of the linears that fp8 and nvfp4 quantize.",
+        "mvl checkpoint calibrate runs/demo amax.safetensors",
+    )  # fmt: skip
+    calibrate.add_argument("checkpoint", metavar="CKPT", help=_CHECKPOINT)
+    calibrate.add_argument("out", metavar="OUT", help="the file to make")
+    _add_packs(calibrate)
+    certify = command(
+        inside, "certify", here + "certify",
+        "Check a release against its checkpoint, from the files on disk and without a network.",
+        "mvl checkpoint certify releases/demo --against runs/demo",
+    )  # fmt: skip
+    certify.add_argument("export", metavar="EXPORT", help="a folder that export made")
+    certify.add_argument("--against", required=True, metavar="CKPT", help=_CHECKPOINT)
+    _add_certificate_options(certify)
+    release = command(
+        inside, "release", here + "release",
+        "Calibrate, export and certify; only what passes takes its place.",
+        "mvl checkpoint release releases/demo --bf16 runs/demo --fp8 runs/demo --nvfp4 runs/demo",
+    )  # fmt: skip
+    release.add_argument("out", metavar="OUT", help="the folder that holds one folder a format")
+    for form in ("bf16", "fp8", "nvfp4"):
+        release.add_argument(f"--{form}", metavar="CKPT", help=f"released in {form}: {_CHECKPOINT}")
+    _add_layout(release)
+    _add_packs(release)
+    release.add_argument("--shard-size", type=size, default="4GB", metavar="N", help=_SHARDS)
+    _add_certificate_options(release)
+
+
+def _add_packs(parser: Any) -> None:
+    parser.add_argument(
+        "--packs", type=int, default=32, metavar="N",
+        help="packs of the stage's data that calibration looks at; default: 32",
+    )  # fmt: skip
+
+
+def _add_layout(parser: Any) -> None:
+    parser.add_argument(
+        "--layout", choices=("modelopt", "compressed_tensors"), default="modelopt",
+        help="how fp8 and nvfp4 tensors are named; default: modelopt",
+    )  # fmt: skip
+
+
+def _add_certificate_options(parser: Any) -> None:
+    parser.add_argument(
+        "--bound", action="append", default=[], metavar="NAME=VALUE",
+        help="a bound other than the published one, as in kl_nvfp4=0.05; the certificate lists it",
+    )  # fmt: skip
+    parser.add_argument("--tokenizer", metavar="F", help="tokenizer.json; default: the data's")
 
 
 def _add_looking_commands(inside: Any, command: Callable[..., Any]) -> None:
@@ -136,6 +187,60 @@ def export(args: Namespace) -> int:
     )
     write(Path(args.checkpoint), Path(args.out), options, _say)
     return _made(args.out)
+
+
+def calibrate(args: Namespace) -> int:
+    """Write the amax file of a checkpoint."""
+    from checkpoint_tools.calibrate import calibrate as measure
+
+    made = measure(Path(args.checkpoint), Path(args.out), _say, args.packs)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    print(f"wrote {args.out}: {made.packs} packs, {made.tokens:,} tokens, of {made.digest[:12]}")
+    return exit_codes.OK
+
+
+def certify(args: Namespace) -> int:
+    """Write a release's certificate; FOUND where a check fails."""
+    from checkpoint_tools.certificate.check import Bounds
+    from checkpoint_tools.certificate.run import certify as look
+    from checkpoint_tools.certificate.run import failures
+
+    tokenizer = Path(args.tokenizer) if args.tokenizer else None
+    bounds = Bounds.parse(args.bound)
+    made = look(Path(args.export), Path(args.against), _line, bounds, tokenizer)
+    print(f"wrote {args.export}/certificate.json and certificate.html")
+    return _verdict({args.export: failures(made)})
+
+
+def release(args: Namespace) -> int:
+    """Make certified releases; FOUND where one's certificate fails."""
+    from checkpoint_tools.certificate.check import Bounds
+    from checkpoint_tools.release import RELEASED, ReleaseOptions
+    from checkpoint_tools.release import release as make
+
+    checkpoints = {form: Path(path) for form in RELEASED if (path := getattr(args, form))}
+    options = ReleaseOptions(
+        layout=args.layout,
+        bounds=Bounds.parse(args.bound),
+        packs=args.packs,
+        shard_bytes=args.shard_size,
+        tokenizer=Path(args.tokenizer) if args.tokenizer else None,
+    )
+    return _verdict(make(Path(args.out), checkpoints, options, _line))
+
+
+def _verdict(failed: dict[str, list[str]]) -> int:
+    """Say what passed and every check that did not."""
+    for name, lines in failed.items():
+        print(f"{name}: {'FAILED' if lines else 'certified'}")
+        for line in lines:
+            print(f"  {line}")
+    return exit_codes.FOUND if any(failed.values()) else exit_codes.OK
+
+
+def _line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def import_folder(args: Namespace) -> int:

@@ -17,6 +17,7 @@ from tests.checkpoint_tools.published import (
     tokenizer_text,
     write_published,
 )
+from tests.conftest import SmallData
 
 SHARD_BYTES = 300_000
 
@@ -57,6 +58,14 @@ def release(stage_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("released") / "release"
     export(stage_folder, out, ExportOptions("fp32", SHARD_BYTES), quiet)
     return out
+
+
+@pytest.fixture(scope="session")
+def served(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage folder that has data and answers firmly (see `served.py`)."""
+    from tests.checkpoint_tools.served import served_stage
+
+    return served_stage(tmp_path_factory.mktemp("served"), small_data.root)
 
 
 def _no_network(*_: object) -> None:

@@ -10,7 +10,8 @@ from megatron_vl.engine import process_groups
 from megatron_vl.engine.sharding import sharded_tensors
 from megatron_vl.model.initialize import initialize
 from megatron_vl.train.build import build_model, prepare_training
-from megatron_vl.train.checkpoint import full_tensors, load_weights, read_state, save
+from megatron_vl.train.checkpoint import full_tensors, load_weights, read_state
+from megatron_vl.train.checkpoint_save import save
 
 
 def compare_shards(stage: Path, overrides: list[str]) -> tuple[int, list[str]]:

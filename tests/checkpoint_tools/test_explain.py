@@ -22,7 +22,8 @@ def test_a_run_explains_itself_and_so_does_its_release(short_run: ShortRun, tmp_
     assert [stage["stage"] for stage in known["lineage"]] == [
         "init", "stage0", "stage1", "stage2", "stage3", "stage4",
     ]  # fmt: skip
-    assert known["lineage"][0]["from"] == "weights drawn with seed 1234"
+    assembled = "mvl checkpoint assemble: decoder from decoder, encoder from encoder"
+    assert known["lineage"][0]["from"] == assembled
     assert known["lineage"][1]["trainable"] == ["projector"]
     assert known["lineage"][2]["packs"] == 6
     assert known["lineage"][2]["tokens"] > 100
@@ -39,15 +40,18 @@ def test_a_run_explains_itself_and_so_does_its_release(short_run: ShortRun, tmp_
     assert known["digest"] in card
     assert "| stage3 | stage2 |" in card
     assert str(short_run.path) not in card
-    found = diff(short_run.path / "stages" / "00_init", short_run.path / "stages" / "01_stage0")
+    stages = short_run.path / "stages"
+    found = diff(stages / "00_init", stages / "01_stage0")
     changed = {change.module for change in found.changes if change.relative}
     assert changed == {
         "vision_projection.encoder.linear_fc1",
         "vision_projection.encoder.linear_fc2",
     }
-    assert found.config["train.trainable"][1] == ["projector"]
-    assert found.state["stage"] == ("init", "stage0")
+    assert found.state["step"] == (0, 3)
     assert "2 of 51 modules differ" in diff_text(found)
+    later = diff(stages / "01_stage0", stages / "02_stage1")
+    assert later.config["train.trainable"][0] == ["projector"]
+    assert later.state["stage"] == ("stage0", "stage1")
 
 
 def test_change_is_the_norm_of_the_difference(published: Published, tmp_path: Path) -> None:

@@ -18,24 +18,38 @@ from checkpoint_tools.import_hf import import_folder
 from checkpoint_tools.name_rules import name_table
 from checkpoint_tools.names import NamesError
 from checkpoint_tools.published_folder import CONFIG_FILE
-from checkpoint_tools.quantized_layout import INPUT_AMAX, LAYOUTS, quantized_modules
+from checkpoint_tools.quantized_layout import (
+    INPUT_AMAX,
+    LAYOUTS,
+    Calibration,
+    quantized_modules,
+)
+from checkpoint_tools.stage_source import open_stage
 from tests.checkpoint_tools.conftest import SHARD_BYTES, Published, quiet
 from tests.checkpoint_tools.published import read_all, tiny_stage
 
 FORMATS = ("fp8", "nvfp4")
+E4M3_NAME = "torch.float8_e4m3fn"
 LAYER = "language_model.backbone.layers.{}.mixer."
 QKV = [LAYER.format(3) + f"{name}_proj" for name in "qkv"]
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 @pytest.fixture(scope="module")
-def amax(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def amax(
+    published: Published, stage_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     generator = torch.Generator().manual_seed(8)
     modules = quantized_modules(name_table(published.stage.model).rules)
     held = {m + INPUT_AMAX: 1 + 9 * torch.rand((), generator=generator) for m in modules}
     path = tmp_path_factory.mktemp("amax") / "amax.safetensors"
-    save_file(held, path)
+    save_file(held, path, metadata=measured_on(stage_folder))
     return path
+
+
+def measured_on(stage: Path) -> dict[str, str]:
+    """What an amax file of a stage's checkpoint says about itself."""
+    return Calibration(open_stage(stage).digest, packs=1, tokens=100, seed=3).metadata()
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +169,8 @@ def test_config_files(releases: Releases, kind: str, layout: str) -> None:
     said = json.loads((folder / CONFIG_FILE).read_text())["quantization_config"]
     if layout == "compressed_tensors":
         assert said["quant_method"] == "compressed-tensors"
+        inputs = said["config_groups"]["group_0"]["input_activations"]
+        assert inputs.get("scale_dtype") == (E4M3_NAME if kind == "nvfp4" else None)
         assert not (folder / "hf_quant_config.json").exists()
         return
     other = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
@@ -230,9 +246,12 @@ def test_calibration_must_be_complete_and_finite(
     ):
         changed = {name: value for name, value in {**held, **change}.items() if value is not None}
         path = tmp_path / "amax.safetensors"
-        save_file(changed, path)
+        save_file(changed, path, metadata=measured_on(stage_folder))
         with pytest.raises((NamesError, ConversionError), match=message):
             export(stage_folder, tmp_path / "out", ExportOptions("fp8", amax=path), quiet)
+    save_file(held, path)
+    with pytest.raises(ConversionError, match="does not say which checkpoint"):
+        export(stage_folder, tmp_path / "out", ExportOptions("fp8", amax=path), quiet)
     with pytest.raises(ConversionError, match="needs the calibrated inputs"):
         export(stage_folder, tmp_path / "out", ExportOptions("nvfp4"), quiet)
 
