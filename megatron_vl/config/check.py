@@ -7,12 +7,16 @@ value) instead of raising, so that a user reads all of them at once.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from megatron_vl.config.check_data import check_data, data_ranges
+from megatron_vl.config.check_distill import check_distill, distill_ranges
 from megatron_vl.config.check_fp8 import check_fp8, fp8_ranges
+from megatron_vl.config.check_gate import check_gate
 from megatron_vl.config.check_sequence import check_sequence
 from megatron_vl.config.check_vision import check_vision
+from megatron_vl.config.conditions import check_conditions
+from megatron_vl.config.length import check_length
 from megatron_vl.config.schema import Part, StageConfig, WeightSource
 
 PATTERN_CHARACTERS = "M-*"
@@ -26,15 +30,20 @@ def check_stage(config: StageConfig) -> list[str]:
         return problems  # the rules below divide by these values
     rules = (
         _shapes, _tensor_split, _pipeline_split, _recompute, check_sequence, _tiles, _batch, _loop,
-        check_data, check_vision, check_fp8,
+        check_data, check_vision, check_fp8, check_length, check_conditions, check_distill,
     )  # fmt: skip
     for rule in rules:
         problems += rule(config)
-    return problems
+    return problems + check_gate(config.gate)
 
 
-def check_recipe(stages: list[StageConfig], *, whole: bool) -> list[str]:
-    """Every rule broken between stages. `whole`: the list starts with a recipe's first stage."""
+def check_recipe(
+    stages: list[StageConfig], *, whole: bool, parents: Mapping[str, str] | None = None
+) -> list[str]:
+    """Every rule broken between stages. `whole`: the list starts with a recipe's first stage.
+
+    `parents` names the stage whose checkpoint each takes; None: the one before it in the list.
+    """
     problems = []
     names = [stage.name for stage in stages]
     for name in sorted({name for name in names if names.count(name) > 1}):
@@ -45,8 +54,12 @@ def check_recipe(stages: list[StageConfig], *, whole: bool) -> list[str]:
             f"{first.name}: carry.weights is previous, but no stage comes before it; "
             "set carry.weights: random"
         )
-    for before, stage in itertools.pairwise(stages):
-        problems += _handover(before, stage)
+    if parents is None:
+        parents = {stage.name: before.name for before, stage in itertools.pairwise(stages)}
+    by_name = {stage.name: stage for stage in stages}
+    for stage in stages:
+        if stage.name in parents:
+            problems += _handover(by_name[parents[stage.name]], stage)
     return problems
 
 
@@ -99,7 +112,10 @@ def _ranges(config: StageConfig) -> Iterator[str]:
         "recompute.encoder": (config.recompute.encoder, 0),
         **data_ranges(config),
         **fp8_ranges(config),
+        **distill_ranges(config),
         "train.steps": (train.steps, 1),
+        "train.tokens": (train.tokens, 0),
+        "train.samples": (train.samples, 0),
         "train.global_batch": (train.global_batch, 1),
         "train.seed": (train.seed, 0),
         "train.threads": (train.threads, 0),
@@ -107,6 +123,8 @@ def _ranges(config: StageConfig) -> Iterator[str]:
         "train.peak_tflops": (train.peak_tflops, 0),
         "evaluation.every": (config.evaluation.every, 0),
         "evaluation.batches": (config.evaluation.batches, 1),
+        "evaluation.packs": (config.evaluation.packs, 0),
+        "evaluation.longest_pack": (config.evaluation.longest_pack, 0),
         "checkpoint.every": (config.checkpoint.every, 0),
         "optimizer.weight_decay": (optimizer.weight_decay, 0),
         **_model_sizes(config),
@@ -311,6 +329,12 @@ def _batch(config: StageConfig) -> Iterator[str]:
             f"train.global_batch is {batch}, must be a multiple of parallel.data {ranks}; "
             f"nearest valid: train.global_batch {nearest_multiple(batch, ranks)}, or parallel.data "
             f"{nearest_divisor(batch, ranks)}"
+        )
+    packs = config.evaluation.packs
+    if packs % ranks:
+        yield (
+            f"evaluation.packs is {packs}, must be a multiple of parallel.data {ranks}; nearest "
+            f"valid: evaluation.packs {nearest_multiple(packs, ranks)}"
         )
     if config.data.builder not in BUILDERS:
         yield f"data.builder is {config.data.builder!r}, must be one of {', '.join(BUILDERS)}"

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 
 from megatron_vl.config.schema import StageConfig
-from megatron_vl.config.schema_data import Packer
 
 
 def data_ranges(config: StageConfig) -> dict[str, tuple[float, int]]:
@@ -87,9 +86,4 @@ def _packs(config: StageConfig) -> Iterator[str]:
         yield (
             f"data.max_bad_fraction is {data.max_bad_fraction}, must be below 1; a usual value: "
             "0.001"
-        )
-    if data.packer is not Packer.balanced and data.spare_packs != type(data)().spare_packs:
-        yield (
-            f"data.spare_packs is {data.spare_packs}, but only the balanced packer opens spare "
-            f"packs and data.packer is {data.packer.name}; set data.packer: balanced"
         )

@@ -54,11 +54,6 @@ def check_fp8(config: StageConfig) -> Iterator[str]:
                 f"{layers} decoder layers for FP8; nearest valid: a sum of {layers - 1}, or "
                 "precision bf16"
             )
-    elif config.fp8.drift_every:
-        yield (
-            f"fp8.drift_every is {config.fp8.drift_every}, but precision is "
-            f"{config.precision.name} and there is no FP8 to measure; nearest valid: 0"
-        )
 
 
 def _names(config: StageConfig) -> Iterator[str]:

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vl.config.errors import ConfigError
-from megatron_vl.config.fields import Field, all_fields, nearest_key, owner
-from megatron_vl.config.load import flatten, load_with_origins
+from megatron_vl.config.fields import Field, all_fields, fields_of, nearest_key, owner
+from megatron_vl.config.load import flatten
+from megatron_vl.config.load_node import node_kind
+from megatron_vl.config.recipe import load_work_with_origins
+from megatron_vl.config.schema_node import SCHEMAS
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,16 @@ def schema_texts() -> dict[str, tuple[str, str, str]]:
 
 
 def explain(path: Path, key: str, overrides: Sequence[str] = ()) -> Explanation:
-    """Explain one key of a stage file. Raises ConfigError for an unknown key or a broken file."""
-    field = owner(key)
+    """Explain one key of a stage's or node's file.
+
+    Raises ConfigError for an unknown key or a broken file.
+    """
+    kind = node_kind(path)
+    field = owner(key) if kind is None else fields_of(SCHEMAS[kind]).get(key)
     if field is None:
-        raise ConfigError(f"unknown key {key!r}; the nearest valid key is {nearest_key(key)!r}")
-    config, origins = load_with_origins(path, overrides)
+        nearest = nearest_key(key, None if kind is None else fields_of(SCHEMAS[kind]))
+        raise ConfigError(f"unknown key {key!r}; the nearest valid key is {nearest!r}")
+    config, origins = load_work_with_origins(path, overrides)
     values = flatten(config)
     if field.is_section:
         inside = {name: value for name, value in values.items() if name.startswith(key + ".")}

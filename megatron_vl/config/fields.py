@@ -79,9 +79,10 @@ def fields_of(root: type) -> dict[str, Field]:
     return {field.key: field for field in _walk(root, "")}
 
 
-def leaf_fields() -> dict[str, Field]:
-    """The keys that hold values."""
-    return {key: field for key, field in all_fields().items() if not field.is_section}
+@functools.cache
+def leaf_fields(root: type = schema.StageConfig) -> dict[str, Field]:
+    """The keys that hold values: of a stage file, or of another kind of file."""
+    return {key: field for key, field in fields_of(root).items() if not field.is_section}
 
 
 def owner(key: str) -> Field | None:

@@ -4,7 +4,8 @@ A stage file is YAML; `base:` names a file it builds on, relative to itself, and
 another. Files are applied from the root of that chain to the stage, then `key=value` overrides, and
 the last word wins. A list or mapping value (`train.trainable`, `data.blend`) is replaced as a
 whole, never merged: what a stage file says is all there is. `data.blend_file` names a file whose
-blend is put in its place (`blend_file.py`).
+blend is put in its place (`blend_file.py`); steps may follow from tokens, and keys that a later
+layer switches off go back to their defaults (`settle.py`).
 
 Refuses, naming file, line, key and the nearest valid value: unknown and repeated keys, values of
 the wrong type, missing mandatory keys, a circle of bases, `${...}` interpolation (a resolved file
@@ -15,7 +16,6 @@ import enum
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,13 +26,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_vl.config.blend_file import read_blend_file
-from megatron_vl.config.check import check_recipe, check_stage
+from megatron_vl.config.check import check_stage
 from megatron_vl.config.errors import ConfigError
 from megatron_vl.config.fields import leaf_fields, nearest_key, owner
 from megatron_vl.config.read_yaml import read_mapping
 from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_node import Work
+from megatron_vl.config.settle import settle_length, switch_off
 
 DEFAULT_ORIGIN = "default"
+_FOLLOWING = ("after", "gate")
 _WITH_BLEND: dict[str, Any] = {"data.blend_unit": "samples", "data.epochs": {}}
 """What a blend set as a whole puts back, unless it is set beside it."""
 
@@ -55,112 +58,69 @@ def load_with_origins(
 ) -> tuple[StageConfig, dict[str, str]]:
     """As `load_stage`, with the place that set each key: `file:line`, an override, or `default`."""
     layers, problems = _file_layers(path)
+    num_files = len(layers)
     for text in overrides:
         layer, found = _override_layer(text)
         layers.append(layer)
         problems += found
     merged = OmegaConf.structured(StageConfig)
     origins = dict.fromkeys(leaf_fields(), DEFAULT_ORIGIN)
-    for layer in layers:
+    last: dict[str, int] = {}
+    for number, layer in enumerate(layers):
         for key, value in layer.values.items():
             problem = _set(merged, key, value, layer.origins[key])
             if problem:
                 problems.append(problem)
             origins[key] = layer.origins[key]
+            last[key] = number
     if problems:
         raise ConfigError(problems)
+    settle_length(merged, last, origins)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise ConfigError(f"{path}: these keys must be given a value: {', '.join(missing)}")
     config = OmegaConf.to_object(merged)
     assert isinstance(config, StageConfig)
+    # The overrides of one command line are one layer: their order does not make a key unread.
+    switch_off(config, {key: min(at, num_files) for key, at in last.items()}, origins)
     broken = check_stage(config)
     if broken:
         raise ConfigError([f"{path}: {text}" for text in broken])
     return config, origins
 
 
-def load_recipe(
-    folder: Path | str, overrides: Sequence[str] = ()
-) -> list[tuple[str, Path, StageConfig]]:
-    """Load every stage of a recipe folder, in the order they run: (name, file, config).
-
-    `init` comes first, then the others by name with numbers in numeric order. Files whose name
-    starts with `base` are not stages. `folder` may also be one stage file, a recipe of one stage.
-    Raises ConfigError with the problems of all stages, those between stages included.
-    """
-    folder = Path(folder)
-    stages: list[tuple[str, Path, StageConfig]] = []
-    problems: list[str] = []
-    broken: dict[str, list[Path]] = {}
-    for path in stage_files(folder):
-        try:
-            config = load_stage(path, overrides)
-        except ConfigError as error:
-            for problem in error.problems:
-                broken.setdefault(problem.removeprefix(f"{path}: "), []).append(path)
-            continue
-        if config.name != path.stem:
-            problems.append(
-                f"{path}: name is {config.name!r}, but a stage is named after its file: "
-                f"set `name: {path.stem}`"
-            )
-        stages.append((config.name, path, config))
-    problems += [_once(problem, paths) for problem, paths in broken.items()]
-    if not problems:
-        problems = check_recipe([config for _, _, config in stages], whole=folder.is_dir())
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    return stages
-
-
-def _once(problem: str, paths: list[Path]) -> str:
-    """A problem that one or several stage files share, told once."""
-    if problem.startswith(("override ", f"{paths[0].parent}{os.sep}")):
-        return problem  # it names its own place: an override, a base file, a line
-    first, *rest = paths
-    others = ", ".join(path.name for path in rest)
-    return f"{first}{f' (so too {others})' if others else ''}: {problem}"
-
-
-def stage_files(folder: Path) -> list[Path]:
-    """The stage files of a recipe folder in the order they run. Raises ConfigError when none is."""
-    if folder.is_file():
-        return [folder]
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such recipe folder or stage file")
-    files = [path for path in folder.glob("*.yaml") if not path.stem.startswith("base")]
-    if not files:
-        raise ConfigError(f"{folder}: holds no stage file (*.yaml other than base*.yaml)")
-    return sorted(files, key=lambda path: _run_order(path.stem))
-
-
-def to_plain(config: StageConfig) -> dict[str, Any]:
+def to_plain(config: Work) -> dict[str, Any]:
     """The config as nested dicts of YAML and JSON values; enums become their names."""
     return _plain(asdict(config))
 
 
-def to_yaml(config: StageConfig) -> str:
+def to_yaml(config: Work) -> str:
     """The resolved config as YAML: a stage file without a base that loads to an equal config."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=100)
 
 
-def config_hash(config: StageConfig) -> str:
-    """Twelve hex digits that change when any value of the config does."""
-    canonical = json.dumps(to_plain(config), sort_keys=True, separators=(",", ":"))
+def config_hash(config: Work) -> str:
+    """Twelve hex digits that change when any value does that says what is trained.
+
+    `after` and `gate` say what follows what: they can change without training a stage anew.
+    """
+    trained = {key: value for key, value in to_plain(config).items() if key not in _FOLLOWING}
+    canonical = json.dumps(trained, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def flatten(config: StageConfig) -> dict[str, Any]:
+def flatten(config: Work) -> dict[str, Any]:
     """The config's values by dotted key, in the order of the schema; enums become their names."""
     plain = to_plain(config)
-    return {key: _dig(plain, key) for key in leaf_fields()}
+    kind: type = type(config)
+    return {key: _dig(plain, key) for key in leaf_fields(kind)}
 
 
-def differences(old: StageConfig, new: StageConfig) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ, with both values."""
+def differences(old: Work, new: Work) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ, with both values; None for a key that one does not have."""
     before, after = flatten(old), flatten(new)
-    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+    pairs = {key: (before.get(key), after.get(key)) for key in {**before, **after}}
+    return {key: (one, two) for key, (one, two) in pairs.items() if one != two}
 
 
 def _file_layers(path: Path) -> tuple[list[Layer], list[str]]:
@@ -281,11 +241,6 @@ def _wrong_type(key: str, value: Any, origin: str) -> str:
     assert field is not None
     expected = field.expected if field.key == key else "a number"
     return f"{origin}: {key} is {value!r}, expected {expected}"
-
-
-def _run_order(name: str) -> tuple:
-    words = re.split(r"(\d+)", name)
-    return (name != "init", [int(word) if word.isdigit() else word for word in words])
 
 
 def _plain(value: Any) -> Any:

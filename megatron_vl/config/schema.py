@@ -15,6 +15,8 @@ from enum import Enum
 from omegaconf import MISSING
 
 from megatron_vl.config.schema_data import DataConfig
+from megatron_vl.config.schema_distill import DistillConfig
+from megatron_vl.config.schema_gate import GateConfig
 from megatron_vl.config.schema_model import LayerKind, ModelConfig
 
 
@@ -145,7 +147,14 @@ class TrainConfig:
     """Parts that learn; the others are frozen and carry no gradient or optimizer state. [parts;
     train]"""
     steps: int = MISSING
-    """Optimizer steps of the stage. [steps; train]"""
+    """Optimizer steps of the stage; left out where they follow from train.tokens or train.samples.
+    [steps; train]"""
+    tokens: int = 0
+    """Tokens of the stage, the padding of packs included, from which train.steps follow; 0 states
+    none. [tokens; config]"""
+    samples: int = 0
+    """Samples of the stage, from which train.steps follow where every sequence holds one
+    (data.packing false); 0 states none. [samples; config]"""
     global_batch: int = MISSING
     """Sequences of one step over all ranks; a multiple of parallel.data. [sequences; train,
     data]"""
@@ -170,6 +179,11 @@ class EvaluationConfig:
     the last. [steps; train]"""
     batches: int = 1
     """Global batches of the held-out split in one evaluation. [batches; train]"""
+    packs: int = 0
+    """Packs of each stage's held-out set that this stage looks at after its last step; a multiple
+    of parallel.data, 0 looks at its own set alone. [packs; train]"""
+    longest_pack: int = 0
+    """Longest packs of another stage's set that are looked at; 0 sets no limit. [tokens; train]"""
 
 
 @dataclass
@@ -182,6 +196,11 @@ class CheckpointConfig:
     optimizer: bool = True
     """Save the optimizer state with the last step's weights; saves between always hold it. [bool;
     train]"""
+    any_layout: bool = False
+    """Saves between load at any layout, not only at the same tensor and pipeline ranks; each then
+    gathers the optimizer state over data ranks, as the last one does. [bool; train]"""
+    async_save: bool = True
+    """Train on while a save is written, from a copy of the state in host memory. [bool; train]"""
 
 
 @dataclass
@@ -227,3 +246,10 @@ class StageConfig:
     """Saving. [section; train]"""
     carry: CarryConfig = field(default_factory=CarryConfig)
     """What comes from the stage before. [section; train]"""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Learning from a teacher. [section; train]"""
+    after: str = ""
+    """Stage or node this one comes after, whose checkpoint `carry` takes from; empty: the file
+    before it among those that do not say either. [stage; launch]"""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """What its metrics must be before the stages behind it start. [section; launch]"""

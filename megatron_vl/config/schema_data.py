@@ -80,6 +80,9 @@ class DataConfig:
     builder: str = "none"
     """Which recipe `mvl data prepare` runs to fill root: laptop, or none for data made elsewhere.
     [name; data]"""
+    tokenizer: str = ""
+    """A released tokenizer.json that the builder puts beside the data, relative to the working
+    directory; empty trains one on the data. [path; data]"""
     blend_file: str = ""
     """File that blend, blend_unit, epochs and when_source_ends are read from when the stage is
     loaded, relative to the file that names it; a resolved stage holds what it said. [path; data]"""

@@ -1,36 +1,37 @@
-"""What one rank of a layout must hold before its first activation, from a stage's config alone.
+"""What one rank of a layout holds before its first activation, from a stage's config alone.
 
-What: bytes of weights, gradient buffers and optimizer state of a rank, by pipeline stage.
+What: bytes of weights, gradient buffers, optimizer state, FP8 copies and a distillation's teacher
+of a rank, by pipeline stage and place among the ranks that share the optimizer state.
 Why: planning and preflight tell a layout that cannot fit from one that can, without a device.
 What it refuses: nothing; `config.check` guards the layout. What it costs: nothing; no torch.
 
-Tensor ranks split matrices, the convolution and what belongs to a head; norms of the residual
-stream, biases added after a reduction, the position table and prefix tokens are on each of them.
-Gradients are float32 whatever the precision, of what learns alone. Adam's moments are float32,
-and in bfloat16 so is the copy of the weights that it steps; all three are shared out over data and
-context ranks. Not counted: the padding of gradient buffers (below 0.1 %), activations, FP8 copies.
+What learns lies in megatron-core's buffers: tensors in reverse order, each at a multiple of 64
+elements, the whole padded to a multiple of 128 and of the ranks that share it. Its weights have a
+buffer of their own, its gradients one in float32 whatever the precision. Adam's moments are
+float32, and in bfloat16 so is the copy of the weights that it steps; of all three a rank holds what
+lies in its equal share of the buffer. Not counted: step counters, a few bytes a tensor.
+
+FP8 copies are those Transformer Engine keeps of a weight between micro-batches: along both axes,
+with the scales of 128 x 128 blocks. The torch kernels make theirs anew and keep none.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
-from megatron_vl.config.schema import ParallelConfig, Precision, StageConfig
+from megatron_vl.config.check_fp8 import bf16_layers
+from megatron_vl.config.schema import ParallelConfig, Part, Precision, StageConfig
+from megatron_vl.config.schema_distill import StudentFormat
 from megatron_vl.config.schema_model import ModelConfig
-from megatron_vl.cost.parameters import (
-    CONVOLUTION_TAPS,
-    IMAGE_CHANNELS,
-    SHUFFLED_PATCHES,
-    attention_matrices,
-    encoder_matrices,
-    mamba_matrices,
-    mamba_widths,
-    mlp_matrices,
-    projector_matrices,
-)
-from megatron_vl.cost.recompute import pipeline_stages
+from megatron_vl.cost.tensors import ParameterTensor, rank_tensors
 
 GRADIENT_BYTES = 4
 MOMENT_BYTES = 8
 """Both moments of Adam."""
+_TENSOR_ALIGNMENT, _BUFFER_ALIGNMENT = 64, 128
+"""Elements; megatron-core's `param_and_grad_buffer`."""
+_BLOCK = 128 * 128
+"""Elements that share a scale in blockwise FP8."""
 
 
 @dataclass(frozen=True)
@@ -40,63 +41,116 @@ class RankBytes:
     weights: int
     gradients: int
     optimizer: int
+    fp8_copies: int = 0
+    teacher: int = 0
 
     @property
     def total(self) -> int:
-        """Of all three."""
-        return self.weights + self.gradients + self.optimizer
+        """Of all of them."""
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
-def rank_bytes(config: StageConfig, stage: int) -> RankBytes:
-    """What each rank of a pipeline stage holds.
+@dataclass(frozen=True)
+class Buffer:
+    """A rank's learning tensors as they lie in one buffer.
+
+    Attributes:
+        places: first element and size of each tensor.
+        size: elements of the buffer, padding included.
+        shards: ranks that share its optimizer state.
+    """
+
+    places: tuple[tuple[int, int], ...]
+    size: int
+    shards: int
+
+    def held(self, shard: int) -> int:
+        """Elements of tensors in one share."""
+        width = self.size // self.shards
+        start, end = shard * width, (shard + 1) * width
+        return sum(max(0, min(end, a + size) - max(start, a)) for a, size in self.places)
+
+    def largest_shard(self) -> int:
+        """The share that holds most; the first of several."""
+        return max(range(self.shards), key=lambda shard: (self.held(shard), -shard))
+
+
+def bytes_of(precision: Precision) -> int:
+    """Bytes of one weight or activation."""
+    return 4 if precision is Precision.fp32 else 2
+
+
+def rank_bytes(config: StageConfig, stage: int, shard: int | None = None) -> RankBytes:
+    """What a rank of a pipeline stage holds.
 
     Args:
         stage: 0 is the first.
+        shard: its place among the data and context ranks that share the optimizer state; None for
+            the one that holds most.
     """
-    parts = rank_parameters(config.model, config.parallel, stage)
-    learning = sum(parts[part.value] for part in config.train.trainable)
-    exact = config.precision is Precision.fp32
-    width, copy = (4, 0) if exact else (2, 4)
-    shards = config.parallel.data * config.parallel.context
-    return RankBytes(
-        weights=width * sum(parts.values()),
-        gradients=GRADIENT_BYTES * learning,
-        optimizer=-(-(MOMENT_BYTES + copy) * learning // shards),
+    tensors = rank_tensors(config.model, config.parallel, stage)
+    learns = {part.value for part in config.train.trainable}
+    buffer = gradient_buffer(
+        [tensor for tensor in tensors if tensor.part in learns],
+        config.parallel.data * config.parallel.context,
     )
+    frozen = sum(tensor.size for tensor in tensors if tensor.part not in learns)
+    width = bytes_of(config.precision)
+    state = MOMENT_BYTES + (0 if config.precision is Precision.fp32 else 4)
+    held = buffer.held(buffer.largest_shard() if shard is None else shard)
+    return RankBytes(
+        weights=width * (buffer.size + frozen),
+        gradients=GRADIENT_BYTES * buffer.size,
+        optimizer=state * held,
+        fp8_copies=_fp8_copies(config, tensors),
+        teacher=_teacher_bytes(config, tensors),
+    )
+
+
+def gradient_buffer(tensors: Sequence[ParameterTensor], shards: int) -> Buffer:
+    """Lay learning tensors out as megatron-core's distributed optimizer does."""
+    places, end = [], 0
+    for tensor in reversed(tensors):
+        start = -(-end // _TENSOR_ALIGNMENT) * _TENSOR_ALIGNMENT
+        places.append((start, tensor.size))
+        end = start + tensor.size
+    step = math.lcm(shards, _BUFFER_ALIGNMENT)
+    return Buffer(tuple(places), -(-end // step) * step, shards)
 
 
 def rank_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> dict[str, int]:
     """Parameters of each part (encoder, projector, decoder) on a rank of a pipeline stage."""
-    tensor = parallel.tensor
-    first, last = stage == 0, stage == parallel.pipeline - 1
-    layers = pipeline_stages(model.decoder.pattern, parallel)[stage]
-    decoder = _decoder_layers(model, layers, tensor)
-    table = model.padded_vocab_size * model.decoder.hidden_size // tensor
-    decoder += first * table + last * (table + model.decoder.hidden_size)
-    shuffled = SHUFFLED_PATCHES * model.encoder.hidden_size
-    return {
-        "encoder": first * _encoder(model, tensor),
-        "projector": first * (projector_matrices(model) // tensor + shuffled),
-        "decoder": decoder,
-    }
+    counts = dict.fromkeys((part.value for part in Part), 0)
+    for tensor in rank_tensors(model, parallel, stage):
+        counts[tensor.part] += tensor.size
+    return counts
 
 
-def _decoder_layers(model: ModelConfig, layers: str, tensor: int) -> int:
-    decoder, widths = model.decoder, mamba_widths(model.decoder)
-    convolution = widths.convolved * (CONVOLUTION_TAPS + 1)
-    heads = 3 * decoder.mamba_num_heads + widths.inner  # A, D and dt; the norm behind the scan
-    split = {
-        "M": mamba_matrices(decoder) + convolution + heads,
-        "-": mlp_matrices(decoder),
-        "*": attention_matrices(decoder),
-    }
-    return sum(split[symbol] // tensor + decoder.hidden_size for symbol in layers)
+def _teacher_bytes(config: StageConfig, tensors: Sequence[ParameterTensor]) -> int:
+    """The weights of a distillation's teacher, a whole second model."""
+    if config.distill.student is StudentFormat.none:
+        return 0
+    return bytes_of(config.precision) * sum(tensor.size for tensor in tensors)
 
 
-def _encoder(model: ModelConfig, tensor: int) -> int:
-    encoder, width = model.encoder, model.encoder.hidden_size
-    split = encoder_matrices(encoder) + 3 * width + encoder.ffn_hidden_size
-    whole = 2 * width + 2 * 2 * width  # biases behind the two row-parallel matrices; two norms
-    patches = IMAGE_CHANNELS * encoder.patch_size**2 * width // tensor
-    tables = (encoder.position_grid**2 + encoder.num_prefix_tokens) * width
-    return encoder.num_layers * (split // tensor + whole) + patches + tables
+def _fp8_copies(config: StageConfig, tensors: Sequence[ParameterTensor]) -> int:
+    """Of every matrix that is multiplied in FP8; along one axis where nothing is passed back."""
+    if not config.precision.is_fp8:
+        return 0
+    kept, learns = bf16_layers(config), {part.value for part in config.train.trainable}
+    total = 0
+    for tensor in tensors:
+        words = tensor.name.split(".")
+        layered = words[0] == "layers"
+        matrix = words[-1] == "weight" and words[-2] in _MATRICES
+        layer = f"{tensor.part}.{words[1]}" if layered else tensor.part
+        if not matrix or layer in kept:
+            continue
+        axes = 1 if tensor.part == "encoder" and "encoder" not in learns else 2
+        scales = -(-tensor.size // _BLOCK) * 4 if config.precision is Precision.fp8_blockwise else 4
+        total += axes * (tensor.size + scales)
+    return total
+
+
+_MATRICES = ("in_proj", "out_proj", "qkv", "proj", "fc1", "fc2")
+"""Names of the matrices that run in FP8 in layers and projector."""

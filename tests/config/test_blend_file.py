@@ -8,6 +8,7 @@ from megatron_vl.config.blend_file import read_blend_file
 from megatron_vl.config.errors import ConfigError
 from megatron_vl.config.explain import explain
 from megatron_vl.config.load import config_hash, load_stage, to_yaml
+from megatron_vl.config.load_node import node_kind
 from megatron_vl.config.schema_data import BlendUnit, SourceEnd
 
 STAGES = Path(__file__).parents[2] / "stages"
@@ -125,7 +126,7 @@ def test_rules_of_the_data_section(tmp_path: Path, data: str, words: tuple[str, 
 def test_the_blend_files_of_the_repository_are_sound(path: Path) -> None:
     blend = read_blend_file(path)
     stage = path.parents[1] / path.name
-    if stage.exists():
+    if stage.exists() and node_kind(stage) is None:
         assert load_stage(stage).data.blend == {s.name: s.weight for s in blend.sources}
     load_stage(STAGE, [f"data.blend_file={path}"])
     if "nano_12b" not in str(path):

@@ -101,7 +101,7 @@ def test_sound_settings_pass(overrides: list[str]) -> None:
 
 def test_what_the_message_offers_is_valid() -> None:
     assert problems("parallel.pipeline=3", "parallel.first_stage_layers=2") == []
-    assert problems("train.global_batch=9", "parallel.data=3") == []
+    assert problems("train.global_batch=9", "parallel.data=3", "evaluation.packs=3") == []
     assert problems("data.tile_size=512", "model.encoder.position_grid=64") == []
 
 

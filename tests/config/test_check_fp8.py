@@ -36,7 +36,6 @@ def problems(*overrides: str) -> list[str]:
         ([BLOCKWISE, "fp8.first_layers_bf16=7"], "leave none of the 8", "a sum of 7"),
         (["fp8.first_layers_bf16=-1"], "fp8.first_layers_bf16 is -1", "0"),
         (["fp8.amax_history=0"], "fp8.amax_history is 0", "1"),
-        (["precision=bf16", "fp8.drift_every=5"], "precision is bf16", "0"),
     ],
 )
 def test_refused_with_the_nearest_valid_value(

@@ -3,20 +3,9 @@
 import pytest
 
 from megatron_vl.config.check_sequence import fits_mamba
-from megatron_vl.config.errors import ConfigError
-from megatron_vl.config.load import load_stage
-from tests.conftest import LAPTOP
+from tests.support.problems import problems
 
 ALIGNED = ["data.document_alignment=16"]
-
-
-def problems(*overrides: str) -> list[str]:
-    """What is wrong with the laptop's stage 1 under overrides: 8 Mamba heads in 2 groups."""
-    try:
-        load_stage(LAPTOP / "stage1.yaml", overrides)
-    except ConfigError as error:
-        return error.problems
-    return []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from megatron_vl.config.explain import explain, schema_texts
 from megatron_vl.config.fields import all_fields, leaf_fields, nearest_key
 
 STAGE = Path(__file__).parents[2] / "stages" / "laptop" / "stage0.yaml"
-ROOMS = {"model", "data", "train", "engine", "kernels", "run"}
+ROOMS = {"config", "model", "data", "train", "engine", "kernels", "run", "launch"}
 
 
 def test_every_field_has_a_sentence_a_unit_and_a_reader() -> None:

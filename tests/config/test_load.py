@@ -8,13 +8,13 @@ from megatron_vl.config.errors import ConfigError
 from megatron_vl.config.load import (
     config_hash,
     differences,
-    load_recipe,
     load_stage,
     load_with_origins,
-    stage_files,
     to_yaml,
 )
+from megatron_vl.config.recipe import load_recipe, stage_files
 from megatron_vl.config.schema import Part, Precision, WeightSource
+from tests.conftest import DRAWN
 
 LAPTOP = Path(__file__).parents[2] / "stages" / "laptop"
 STAGE = LAPTOP / "stage1.yaml"
@@ -194,9 +194,9 @@ def test_differences_name_both_values() -> None:
     assert differences(before, after) == {"train.steps": (60, 61)}
 
 
-def test_laptop_recipe_has_its_six_stages_in_order() -> None:
+def test_laptop_recipe_has_its_stages_in_order() -> None:
     names = [name for name, _, _ in load_recipe(LAPTOP)]
-    assert names == ["init", "stage0", "stage1", "stage2", "stage3", "stage4"]
+    assert names == ["stage0", "stage1", "stage2", "stage3", "stage4", "qad_nvfp4"]
 
 
 def test_stages_run_in_numeric_order(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_stages_run_in_numeric_order(tmp_path: Path) -> None:
 
 
 def test_a_recipe_reports_the_problems_of_all_its_stages(tmp_path: Path) -> None:
-    write(tmp_path, "init.yaml", f"base: {LAPTOP / 'init.yaml'}\ntrain: {{stepz: 1}}\n")
+    write(tmp_path, "init.yaml", f"base: {DRAWN}\ntrain: {{stepz: 1}}\n")
     write(tmp_path, "stage0.yaml", f"base: {LAPTOP / 'stage0.yaml'}\nname: other\n")
     with pytest.raises(ConfigError) as caught:
         load_recipe(tmp_path)
@@ -217,8 +217,9 @@ def test_a_recipe_reports_the_problems_of_all_its_stages(tmp_path: Path) -> None
 def test_a_problem_that_stages_share_is_told_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(LAPTOP, ["parallel.tensor=3"])
-    (problem,) = caught.value.problems
-    assert "init.yaml (so too stage0.yaml, stage1.yaml" in problem
+    told = [text for text in caught.value.problems if "parallel.tensor is 3" in text]
+    (problem,) = [text for text in told if "every size it cuts" in text]
+    assert "stage0.yaml, stage1.yaml, stage2.yaml" in problem
 
 
 @pytest.mark.parametrize("make", ["missing", "empty"])
