@@ -19,13 +19,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vl.config.load import load_stage
 from megatron_vl.config.schema_data import Packer, PackOrder
-from megatron_vl.config.schema_model import (
-    DecoderConfig,
-    EncoderConfig,
-    ModelConfig,
-    ProjectorConfig,
-)
+from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.cost.pack_cost import pack_cost
 from megatron_vl.data.blend import Share, SourceTable
 from megatron_vl.data.cost_order import deal
@@ -41,31 +37,13 @@ SIZES = (
     (481, 202), (850, 600), (1700, 1200),
 )  # fmt: skip
 PAGES = ((1240, 1754), (1754, 1240), (1700, 2200), (595, 842), (850, 600))
+STAGE_12B = Path(__file__).resolve().parents[1] / "stages" / "nano_12b_v2_vl" / "stage1.yaml"
 Ints = NDArray[np.int64]
 
 
 def model_12b() -> ModelConfig:
-    """The published sizes (arXiv 2511.03929)."""
-    return ModelConfig(
-        vocab_size=131072,
-        padded_vocab_size=131072,
-        decoder=DecoderConfig(
-            pattern="M-M-M-M*-" * 6 + "M-M-M-M-",
-            hidden_size=5120,
-            ffn_hidden_size=20480,
-            num_attention_heads=40,
-            num_query_groups=8,
-            head_dim=128,
-            mamba_num_heads=128,
-            mamba_head_dim=80,
-            mamba_state_dim=128,
-            mamba_num_groups=8,
-        ),
-        encoder=EncoderConfig(
-            num_layers=32, hidden_size=1280, ffn_hidden_size=5120, num_attention_heads=16
-        ),
-        projector=ProjectorConfig(ffn_hidden_size=20480),
-    )
+    """The published sizes, as the 12B recipe has them."""
+    return load_stage(STAGE_12B).model
 
 
 def synthetic_mix(count: int, cap: int, seed: int) -> SourceTable:

@@ -14,7 +14,7 @@ from megatron_vl.data.frames import Clip
 from megatron_vl.data.headers import VideoHeader
 from megatron_vl.data.pack import Pack, make_pack
 from megatron_vl.data.prepare import TOKENIZER_FILE
-from megatron_vl.data.store import SourceStore, missing_root
+from megatron_vl.data.store import Sample, SourceStore, missing_root
 from megatron_vl.data.tiling import cut_tiles, decode_image, whole_picture
 from megatron_vl.data.tokenizer import Tokenizer
 from megatron_vl.data.video import tile_video
@@ -44,6 +44,13 @@ def load_tokenizer(config: StageConfig) -> Tokenizer:
 def encode_sample(
     store: SourceStore, fitted: Fitted, tokenizer: Tokenizer, room: Room
 ) -> tuple[Document, list[Tensor]]:
+    """`encode_fitted` of a stored sample."""
+    return encode_fitted(store.sample(fitted.key), fitted, tokenizer, room)
+
+
+def encode_fitted(
+    sample: Sample, fitted: Fitted, tokenizer: Tokenizer, room: Room
+) -> tuple[Document, list[Tensor]]:
     """A sample as it was fitted: its document, and the pixels of each of its pictures.
 
     Returns:
@@ -53,7 +60,6 @@ def encode_sample(
         ValueError: a picture cannot be decoded or is not what its header said, or the length is not
             what the table said.
     """
-    sample = store.sample(fitted.key)
     headers = headers_of(sample)
     visuals = room.visuals(headers, fitted.limits, room.video.rate(sample.source, sample.key))
     document = chat.encode_conversation(
@@ -93,33 +99,41 @@ def encode_prompt(
     messages: Sequence[dict[str, Any]],
     media: Sequence[bytes],
     reasoning: bool,
+    *,
+    evs_rate: float | None = None,
+    tools: Sequence[chat.Tool] = (),
+    tokenizer: Tokenizer | None = None,
 ) -> Pack:
     """A conversation up to and with the opening of the answer to generate.
-
-    Videos are pruned at the lowest rate the stage trains with.
 
     Args:
         messages: v2 form; image and video parts take the media in order.
         media: encoded images and videos.
         reasoning: whether the answer starts with a trace, unless a message says /think or
             /no_think.
+        evs_rate: part of a video's embeddings that is pruned; the lowest the stage trains with
+            where None.
+        tools: functions the model may call.
+        tokenizer: the one beside the stage's data where None.
 
     Returns:
         The conversation as a pack of one document without padding.
 
     Raises:
-        ValueError: parts and media differ in number, or a medium cannot be read.
+        ValueError: parts and media differ in number, a medium cannot be read, or a tool has no
+            name.
     """
-    tokenizer, room = load_tokenizer(config), Room.of(config)
+    tokenizer, room = tokenizer or load_tokenizer(config), Room.of(config)
     parts = chat.visual_parts(messages)
     if len(parts) != len(media):
         raise ValueError(
             f"the conversation shows {len(parts)} images and videos, {len(media)} were given"
         )
     headers = [media_header(part["type"], data) for part, data in zip(parts, media, strict=True)]
-    visuals = room.visuals(headers, room.limits, room.video.evs_rate[0])
+    rate = room.video.evs_rate[0] if evs_rate is None else evs_rate
+    visuals = room.visuals(headers, room.limits, rate)
     document = chat.encode_conversation(
-        messages, tokenizer, visuals, add_generation_prompt=True, reasoning=reasoning
+        messages, tokenizer, visuals, add_generation_prompt=True, reasoning=reasoning, tools=tools
     )
     shown = zip(media, headers, visuals, strict=True)
     return make_pack(

@@ -34,6 +34,8 @@ RATES = (5, 6, 8)
 SECONDS = (2, 3, 4, 5)
 """Lengths of the clips."""
 
+BRIGHTNESS_QUESTION = "Does the video get brighter or darker?"
+
 Frames = list[Image.Image]
 
 
@@ -179,15 +181,19 @@ def _order(random: Random, form: _Form) -> Question:
         for shot, count in zip((first, second), counts, strict=True)
         for view in _still(random, _cut(random, form.split, shot, count), form)
     ]
-    text, answer = random.choice(
+    return Question(frames, *order_question(random, first.name, second.name))
+
+
+def order_question(random: Random, first: str, second: str) -> tuple[str, str]:
+    """A question on which of two things is shown first, and its answer."""
+    return random.choice(
         (
-            ("What is shown first?", first.name),
-            ("What is shown last?", second.name),
-            (f"What comes after the {first.name}?", second.name),
-            (f"What comes before the {second.name}?", first.name),
+            ("What is shown first?", first),
+            ("What is shown last?", second),
+            (f"What comes after the {first}?", second),
+            (f"What comes before the {second}?", first),
         )
     )
-    return Question(frames, text, answer)
 
 
 def _pan(random: Random, form: _Form) -> Question:
@@ -218,8 +224,7 @@ def _brightness(random: Random, form: _Form) -> Question:
         ImageEnhance.Brightness(frame).enhance(start + (end - start) * at / (form.count - 1))
         for at, frame in enumerate(frames)
     ]
-    question = "Does the video get brighter or darker?"
-    return Question(dimmed, question, "brighter" if brighter else "darker")
+    return Question(dimmed, BRIGHTNESS_QUESTION, "brighter" if brighter else "darker")
 
 
 def _direction(random: Random, form: _Form) -> Question:
@@ -238,12 +243,12 @@ def _length(random: Random, form: _Form) -> Question:
 
 
 _KINDS: tuple[tuple[Callable[[Random, _Form], Question], int], ...] = (
-    (_caption, 25),
-    (_order, 25),
-    (_pan, 20),
-    (_brightness, 15),
-    (_direction, 7),
-    (_length, 8),
+    (_caption, 20),
+    (_order, 40),
+    (_pan, 8),
+    (_brightness, 24),
+    (_direction, 3),
+    (_length, 5),
 )
 
 
@@ -254,3 +259,10 @@ def draw_clip(random: Random, split: str, tile_size: int) -> Clip:
     kinds, weights = zip(*_KINDS, strict=True)
     made = random.choices(kinds, weights)[0](random, form)
     return Clip(encode_clip(made.frames, form.rate), made.text, made.answer)
+
+
+def draw_frame(random: Random, split: str, tile_size: int) -> tuple[str, Image.Image]:
+    """A frame of a random shot as a square tile, and the shot's name."""
+    shot = random.choice(SHOTS)
+    form = _Form(split, RATES[0], SECONDS[0], (tile_size, tile_size))
+    return shot.name, _still(random, _cut(random, split, shot, 1), form)[0]

@@ -1,23 +1,15 @@
-"""The laptop recipe's seven data sources, built from real material in installed packages.
+"""The laptop recipe's samples with pictures, built from real material in installed packages.
 
-    captions   views of photographs, described by what they show and what their pixels say
-    ocr        words, lines and short paragraphs of documentation in real fonts; a scanned page
-    qa         short questions on photographs, rendered text and handwritten digits
-    code       functions of the standard library: written from a docstring, completed, explained
-    text       documentation, instructions, small problems solved with and without a reasoning trace
-    long_text  whole documents, then questions about their first part, far away
-
-Every answer is computed from the material. A source yields the same samples for the same seed,
-split, count and Python installation; held-out samples come from other modules, topics, image
-parts, seconds of video and digits.
+Views of photographs, rendered text, handwritten digits and clips, each with a question whose answer
+is computed from the material. The questions stand apart from the pictures, because the same ones
+are asked about pictures told in words (`laptop_described.py`).
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from megatron_vl.data import laptop_clips, laptop_text, pictures
+from megatron_vl.data import laptop_clips, pictures
 from megatron_vl.data.documents import identifiers, paragraphs, words
 
 
@@ -33,6 +25,10 @@ class RawSample:
     media: list[tuple[str, bytes]] = field(default_factory=list)
 
 
+Asked = tuple[str, str]
+"""A question and its answer."""
+
+
 def _about(medium: tuple[str, bytes], question: str, answer: str, kind: str = "image") -> RawSample:
     """One question on one image or video."""
     user = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": question}]}
@@ -44,9 +40,8 @@ def _photo(view: pictures.View) -> tuple[str, bytes]:
     return "jpg", pictures.encode_jpeg(view.image)
 
 
-def captions(random: Random, split: str, tile_size: int) -> RawSample:
-    """A view of a photograph with a caption."""
-    view = pictures.draw_view(random, split, tile_size)
+def caption_of(random: Random, view: pictures.View) -> Asked:
+    """A request for a caption of a view, and the caption."""
     colours = " and ".join(view.colours)
     answer = random.choice(
         (
@@ -59,10 +54,17 @@ def captions(random: Random, split: str, tile_size: int) -> RawSample:
     question = random.choice(
         ("Describe the image.", "What does the picture show?", "Write a caption.")
     )
-    return _about(_photo(view), question, answer)
+    return question, answer
 
 
-def _ocr_lines(random: Random, split: str) -> list[str]:
+def captions(random: Random, split: str, tile_size: int) -> RawSample:
+    """A view of a photograph with a caption."""
+    view = pictures.draw_view(random, split, tile_size)
+    return _about(_photo(view), *caption_of(random, view))
+
+
+def ocr_lines(random: Random, split: str) -> list[str]:
+    """Text for an image: a word, an identifier, or one to three short lines of prose."""
     kind = random.random()
     if kind < 0.45:
         return [random.choice(words(split))]
@@ -80,22 +82,25 @@ def _ocr_lines(random: Random, split: str) -> list[str]:
     return [line for line in lines if line] or [random.choice(words(split))]
 
 
+def reading_request(random: Random) -> str:
+    """A request to read what an image says."""
+    return random.choice(("Read the text.", "What does the image say?", "Transcribe the image."))
+
+
 def ocr(random: Random, split: str, tile_size: int) -> RawSample:
     """An image of text and the text."""
-    question = random.choice(
-        ("Read the text.", "What does the image say?", "Transcribe the image.")
-    )
+    question = reading_request(random)
     if random.random() < 0.05:
         text, image = pictures.scanned_line(random, split)
         return _about(("png", pictures.encode_png(image)), question, text)
-    lines = _ocr_lines(random, split)
+    lines = ocr_lines(random, split)
     image = pictures.render_lines(random, lines, tile_size)
     return _about(("png", pictures.encode_png(image)), question, "\n".join(lines))
 
 
-def _photo_question(random: Random, split: str, tile_size: int) -> RawSample:
-    view = pictures.draw_view(random, split, tile_size)
-    question, answer = random.choice(
+def photo_question(random: Random, view: pictures.View) -> Asked:
+    """A short question on a view, and its answer."""
+    return random.choice(
         (
             ("What is shown?", view.photograph.name),
             ("What is in this picture? Answer briefly.", view.photograph.name),
@@ -103,13 +108,16 @@ def _photo_question(random: Random, split: str, tile_size: int) -> RawSample:
             ("Is the image dark, mid-tone or bright?", view.brightness),
         )
     )
-    return _about(_photo(view), question, answer)
 
 
-def _text_question(random: Random, split: str, tile_size: int) -> RawSample:
-    chosen = random.sample(words(split), random.randint(2, 3))
-    image = pictures.render_lines(random, [" ".join(chosen)], tile_size)
-    question, answer = random.choice(
+def two_or_three_words(random: Random, split: str) -> list[str]:
+    """Words for one line of an image."""
+    return random.sample(words(split), random.randint(2, 3))
+
+
+def word_question(random: Random, chosen: list[str]) -> Asked:
+    """A question on the words of a line, and its answer."""
+    return random.choice(
         (
             ("What is the first word?", chosen[0]),
             ("What is the second word?", chosen[1]),
@@ -117,25 +125,42 @@ def _text_question(random: Random, split: str, tile_size: int) -> RawSample:
             ("How many words are there?", str(len(chosen))),
         )
     )
-    return _about(("png", pictures.encode_png(image)), question, answer)
 
 
-def _digit_question(random: Random, split: str, tile_size: int) -> RawSample:
-    count = random.choice((1, 1, 1, 2, 3))
-    found, image = pictures.digit_row(random, split, count, tile_size)
-    encoded = ("png", pictures.encode_png(image))
-    if count == 1:
-        return _about(encoded, "Which digit?", str(found[0]))
+def digit_question(random: Random, found: list[int]) -> Asked:
+    """A question on handwritten digits in a row, and its answer."""
+    if len(found) == 1:
+        return "Which digit?", str(found[0])
     if random.random() < 0.7:
-        return _about(encoded, "Which digits, from left to right?", " ".join(map(str, found)))
+        return "Which digits, from left to right?", " ".join(map(str, found))
     listed = " + ".join(map(str, found))
     trace = f"<think>\nI see {listed} = {sum(found)}.\n</think>\n\n{sum(found)}"
-    return _about(encoded, "What is the sum of the digits?", trace)
+    return "What is the sum of the digits?", trace
+
+
+DIGIT_COUNTS = (1, 1, 1, 2, 3)
+"""How many digits stand in a row, each as likely as the others."""
+
+
+def _photo_sample(random: Random, split: str, tile_size: int) -> RawSample:
+    view = pictures.draw_view(random, split, tile_size)
+    return _about(_photo(view), *photo_question(random, view))
+
+
+def _word_sample(random: Random, split: str, tile_size: int) -> RawSample:
+    chosen = two_or_three_words(random, split)
+    image = pictures.render_lines(random, [" ".join(chosen)], tile_size)
+    return _about(("png", pictures.encode_png(image)), *word_question(random, chosen))
+
+
+def _digit_sample(random: Random, split: str, tile_size: int) -> RawSample:
+    found, image = pictures.digit_row(random, split, random.choice(DIGIT_COUNTS), tile_size)
+    return _about(("png", pictures.encode_png(image)), *digit_question(random, found))
 
 
 def qa(random: Random, split: str, tile_size: int) -> RawSample:
     """A question on an image with a short answer."""
-    make = random.choices((_photo_question, _text_question, _digit_question), (40, 25, 35))[0]
+    make = random.choices((_photo_sample, _word_sample, _digit_sample), (40, 25, 35))[0]
     return make(random, split, tile_size)
 
 
@@ -143,60 +168,3 @@ def clips(random: Random, split: str, tile_size: int) -> RawSample:
     """A short video and a question that its frames answer, most only in their order."""
     clip = laptop_clips.draw_clip(random, split, tile_size)
     return _about(("mp4", clip.data), clip.question, clip.answer, "video")
-
-
-def _text_only(
-    build: Callable[[Random, str], list[dict[str, Any]]],
-) -> Callable[[Random, str, int], RawSample]:
-    return lambda random, split, tile_size: RawSample(build(random, split))
-
-
-@dataclass(frozen=True)
-class Source:
-    """How one source is built and how many training samples it has by default."""
-
-    build: Callable[[Random, str, int], RawSample]
-    train_count: int
-
-
-SOURCES: dict[str, Source] = {
-    "captions": Source(captions, 1500),
-    "ocr": Source(ocr, 2000),
-    "qa": Source(qa, 1500),
-    "clips": Source(clips, 450),
-    "code": Source(_text_only(laptop_text.code), 2500),
-    "text": Source(_text_only(laptop_text.text), 2500),
-    "long_text": Source(_text_only(laptop_text.long_text), 150),
-}
-
-DEFAULT_SIZES = {name: source.train_count for name, source in SOURCES.items()}
-"""Training samples of each source. [samples]"""
-
-
-def held_out_count(train_count: int) -> int:
-    """Held-out samples that go with a number of training samples."""
-    return max(8, train_count // 15)
-
-
-def source_samples(
-    source: str, *, split: str, count: int, seed: int, tile_size: int
-) -> Iterator[RawSample]:
-    """`count` samples of a source, distinct where the material allows it.
-
-    Raises:
-        ValueError: an unknown source or split.
-    """
-    if source not in SOURCES:
-        raise ValueError(f"unknown source {source!r}; the laptop has {', '.join(SOURCES)}")
-    if split not in ("train", "val"):
-        raise ValueError(f"unknown split {split!r}; there are train and val")
-    random = Random(f"{seed}/{source}/{split}")
-    seen: set[str] = set()
-    for _ in range(count):
-        for _ in range(8):
-            sample = SOURCES[source].build(random, split, tile_size)
-            identity = repr(sample)
-            if identity not in seen:
-                break
-        seen.add(identity)
-        yield sample

@@ -282,6 +282,7 @@ class PackLoader:
             patch_size=self._room.patch_size,
             pad_token=self._tokenizer.pad_id,
             alignment=self._config.data.document_alignment,
+            sources=[member.source for member in members],
         )
 
     def _decode_or_replace(self, number: int, member: PlannedSample) -> Decoded:

@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_vl.sequence.layout import Document, PlacedVideo, lay_out
-from megatron_vl.sequence.visual import PatchGrid
+from megatron_vl.sequence.visual import PatchGrid, VideoSpan
+
+MODALITIES = ("text", "image", "video")
+"""What a sample may show; one with images and videos counts as video."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Pack:
     num_tokens: int
     sample_keys: tuple[str, ...]
     """Keys of the samples, in order."""
+    sample_sources: tuple[str, ...] = ()
+    """Sources of the samples; empty where they were made up."""
+    modalities: tuple[str, ...] = ()
+    """What each sample shows, of MODALITIES."""
 
 
 def patches_of(tiles_TCHW: NDArray[np.uint8], patch_size: int) -> NDArray[np.uint8]:
@@ -73,6 +80,7 @@ def make_pack(
     patch_size: int,
     pad_token: int,
     alignment: int = 1,
+    sources: Sequence[str] = (),
 ) -> Pack:
     """A pack of encoded samples and their pictures.
 
@@ -81,6 +89,7 @@ def make_pack(
         tiles: uint8 (T, 3, H, W) stacks in the order of the documents' visual units; stacks may
             differ in H and W.
         alignment: see `lay_out`.
+        sources: of the samples, where they have any.
 
     Raises:
         ValueError: the documents do not fit, or the pictures are not those the documents describe.
@@ -108,4 +117,13 @@ def make_pack(
         weight_total=index_map.weight_total,
         num_tokens=index_map.num_tokens,
         sample_keys=tuple(keys),
+        sample_sources=tuple(sources),
+        modalities=tuple(modality_of(document) for document in documents),
     )
+
+
+def modality_of(document: Document) -> str:
+    """The entry of MODALITIES that a document counts as."""
+    if any(isinstance(visual, VideoSpan) for visual in document.visuals):
+        return "video"
+    return "image" if document.visuals else "text"

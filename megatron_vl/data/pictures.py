@@ -11,6 +11,7 @@ import gzip
 import io
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -107,11 +108,26 @@ def load_picture(package: str, file: str) -> Image.Image:
     return picture
 
 
-def main_colours(image: Image.Image) -> tuple[str, ...]:
-    """The one or two colour names that most pixels carry; the second needs a fifth of them."""
-    pixels = np.asarray(image.resize((24, 24)).convert("HSV")).reshape(-1, 3).astype(int)
-    hue, saturation, value = pixels[:, 0] * 360 // 256, pixels[:, 1], pixels[:, 2]
-    names = np.select(
+COLOURS = (
+    "black",
+    "white",
+    "grey",
+    "red",
+    "brown",
+    "orange",
+    "yellow",
+    "green",
+    "blue",
+    "purple",
+)
+"""Names of colours, as `colour_indices` counts them."""
+
+
+def colour_indices(image: Image.Image, columns: int, rows: int) -> NDArray[np.int64]:
+    """The colour of each cell of a grid laid over an image: (rows, columns), places in COLOURS."""
+    pixels = np.asarray(image.resize((columns, rows)).convert("HSV")).astype(int)
+    hue, saturation, value = pixels[..., 0] * 360 // 256, pixels[..., 1], pixels[..., 2]
+    return np.select(
         [
             value < 50,
             (saturation < 45) & (value > 200),
@@ -123,13 +139,21 @@ def main_colours(image: Image.Image) -> tuple[str, ...]:
             hue < 165,
             hue < 260,
         ],
-        ["black", "white", "grey", "red", "brown", "orange", "yellow", "green", "blue"],
-        default="purple",
+        range(len(COLOURS) - 1),
+        default=len(COLOURS) - 1,
     )
-    found, counts = np.unique(names, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    second = len(order) > 1 and counts[order[1]] * 5 >= len(names)
-    return tuple(str(found[index]) for index in order[: 2 if second else 1])
+
+
+def main_colours(image: Image.Image) -> tuple[str, ...]:
+    """The one or two colour names that most pixels carry; the second needs a fifth of them."""
+    counts = {
+        COLOURS[index]: int(count)
+        for index, count in enumerate(np.bincount(colour_indices(image, 24, 24).flatten()))
+        if count
+    }
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    second = len(names) > 1 and counts[names[1]] * 5 >= sum(counts.values())
+    return tuple(names[: 2 if second else 1])
 
 
 def brightness_word(image: Image.Image) -> str:
@@ -181,10 +205,26 @@ def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(folder / f"{name}.ttf"), size)
 
 
+@dataclass(frozen=True)
+class Letter:
+    """A character drawn in an image and the box it fills: left, top, right, bottom. [pixels]"""
+
+    character: str
+    box: tuple[float, float, float, float]
+
+
 def render_lines(random: Random, lines: list[str], tile_size: int) -> Image.Image:
     """Lines of text on a canvas of at most 12 whole tiles, dark on light or the reverse."""
+    return render_letters(random, lines, tile_size)[0]
+
+
+def render_letters(
+    random: Random, lines: list[str], tile_size: int
+) -> tuple[Image.Image, list[Letter]]:
+    """`render_lines`, and where each character of the lines stands."""
     name = random.choice(FONTS)
-    biggest = tile_size * 3 // 8 if len(lines) == 1 else tile_size * 9 // 32
+    # A letter of a single line is about as wide as the pixels of one visual token.
+    biggest = tile_size // 2 if len(lines) == 1 else tile_size * 3 // 8
     size = random.randint(biggest * 3 // 4, biggest)
     while True:
         face = font(name, size)
@@ -203,9 +243,16 @@ def render_lines(random: Random, lines: list[str], tile_size: int) -> Image.Imag
     spare_x = canvas.width - width + size / 2
     spare_y = canvas.height - step * len(lines)
     x, y = size / 4 + random.random() * spare_x * 0.5, spare_y * random.uniform(0.3, 0.6)
+    letters = []
     for index, line in enumerate(lines):
-        draw.text((x, y + index * step), line, fill=ink, font=face)
-    return canvas
+        top = y + index * step
+        draw.text((x, top), line, fill=ink, font=face)
+        edges = [x + face.getlength(line[:end]) for end in range(len(line) + 1)]
+        letters += [
+            Letter(character, (left, top, right, top + step))
+            for character, (left, right) in zip(line, pairwise(edges), strict=True)
+        ]
+    return canvas, letters
 
 
 def scanned_line(random: Random, split: str) -> tuple[str, Image.Image]:

@@ -3,7 +3,7 @@
 The laptop builder writes, under data.root,
 
     SOURCE/{train,val}-000.tar    members KEY.json and KEY.0.jpg, .png or .mp4, prepared for energon
-    tokenizer/tokenizer.json      a byte-level BPE of model.vocab_size entries
+    tokenizer/tokenizer.json      a byte-level BPE of model.vocab_size entries, or data.tokenizer
     prepared.json                 written last: what was built, from which inputs
 
 Everything is built in a folder beside data.root and renamed into place, so data.root is either
@@ -27,13 +27,9 @@ from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.data import documents, laptop_text, pictures
 from megatron_vl.data.headers import probe
 from megatron_vl.data.index import index_source
-from megatron_vl.data.laptop_material import (
-    DEFAULT_SIZES,
-    RawSample,
-    held_out_count,
-    source_samples,
-)
-from megatron_vl.data.tokenizer import train_tokenizer
+from megatron_vl.data.laptop_material import RawSample
+from megatron_vl.data.laptop_sources import DEFAULT_SIZES, held_out_count, source_samples
+from megatron_vl.data.tokenizer import Tokenizer, train_tokenizer
 
 MARKER = "prepared.json"
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
@@ -41,7 +37,9 @@ TOKENIZER_FILE = "tokenizer/tokenizer.json"
 _BUILDER_FILES = (
     "prepare.py",
     "tokenizer.py",
+    "laptop_sources.py",
     "laptop_material.py",
+    "laptop_described.py",
     "laptop_text.py",
     "documents.py",
     "pictures.py",
@@ -58,7 +56,8 @@ def prepare_recipe(
     force: bool = False,
     progress: Progress = print,
 ) -> Path:
-    """Build the data of a recipe folder or stage file; returns data.root.
+    """Build the data of a recipe folder or stage file, and the tables of samples' lengths that its
+    stages plan by; returns data.root.
 
     Args:
         overrides: `key=value` settings as the other commands take them.
@@ -69,7 +68,8 @@ def prepare_recipe(
         ValueError: the recipe's data is made elsewhere, its stages disagree about it, or data.root
             holds something else.
     """
-    from megatron_vl.config.load import load_recipe
+    from megatron_vl.config.recipe import load_recipe
+    from megatron_vl.data.lengths import build_length_tables
 
     stages = load_recipe(Path(folder), list(overrides))
     first = stages[0][2]
@@ -77,6 +77,7 @@ def prepare_recipe(
         for key, mine, other in (
             ("data.root", stage.data.root, first.data.root),
             ("data.builder", stage.data.builder, first.data.builder),
+            ("data.tokenizer", stage.data.tokenizer, first.data.tokenizer),
             ("data.tile_size", stage.data.tile_size, first.data.tile_size),
             ("model.vocab_size", stage.model.vocab_size, first.model.vocab_size),
         ):
@@ -92,9 +93,13 @@ def prepare_recipe(
         )
     if first.data.builder != "laptop":
         raise ValueError(f"{folder}: no data.builder {first.data.builder!r}; use laptop or none")
-    return prepare_laptop(
+    root = prepare_laptop(
         first.data, first.model, seed=first.train.seed, force=force, progress=progress
     )
+    for _, _, stage in stages:
+        if stage.data.blend:
+            build_length_tables(stage, progress=progress)
+    return root
 
 
 def prepare_laptop(
@@ -112,6 +117,7 @@ def prepare_laptop(
         sizes: training samples of each source; held-out samples follow from them.
 
     Raises:
+        FileNotFoundError, ValueError: data.tokenizer is not the model's.
         ValueError: data.root exists with other contents and force is off.
     """
     root = Path(data.root)
@@ -121,6 +127,7 @@ def prepare_laptop(
         "seed": seed,
         "sizes": dict(sizes),
         "tile_size": data.tile_size,
+        "tokenizer": _released_tokenizer(data, model),
         "vocab_size": model.vocab_size,
     }
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
@@ -142,10 +149,14 @@ def prepare_laptop(
         source: _write_source(building / source, source, size, seed, data.tile_size, progress)
         for source, size in sizes.items()
     }
-    progress(f"tokenizer: training {model.vocab_size} entries")
     tokenizer = building / TOKENIZER_FILE
     tokenizer.parent.mkdir()
-    train_tokenizer(_tokenizer_corpus(), vocab_size=model.vocab_size, path=tokenizer)
+    if data.tokenizer:
+        progress(f"tokenizer: {data.tokenizer}")
+        shutil.copyfile(data.tokenizer, tokenizer)
+    else:
+        progress(f"tokenizer: training {model.vocab_size} entries")
+        train_tokenizer(_tokenizer_corpus(), vocab_size=model.vocab_size, path=tokenizer)
     marker = {
         "digest": digest,
         "inputs": inputs,
@@ -160,6 +171,27 @@ def prepare_laptop(
         f"{time.monotonic() - started:.0f} s"
     )
     return root
+
+
+def _released_tokenizer(data: DataConfig, model: ModelConfig) -> str:
+    """Digest of the released tokenizer; empty where one is trained.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is not the model's.
+    """
+    if not data.tokenizer:
+        return ""
+    path = Path(data.tokenizer)
+    if not path.is_file():
+        raise FileNotFoundError(2, "data.tokenizer names no file", data.tokenizer)
+    content = path.read_bytes()
+    entries = Tokenizer(content.decode()).vocab_size
+    if entries != model.vocab_size:
+        raise ValueError(
+            f"data.tokenizer {data.tokenizer} has {entries} entries, model.vocab_size is "
+            f"{model.vocab_size}; set model.vocab_size={entries}, or data.tokenizer= to train one"
+        )
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def read_marker(root: Path) -> dict[str, Any] | None:

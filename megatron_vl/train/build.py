@@ -1,6 +1,7 @@
 """From a stage's config to what a rank trains: model, gradient buffers, optimizer."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed
@@ -13,13 +14,17 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
 from megatron_vl.config.schema import Part, Precision, StageConfig
+from megatron_vl.config.schema_distill import StudentFormat
 from megatron_vl.engine.fp8_state import Fp8Layers, enable_fp8
-from megatron_vl.engine.layer_specs import Blocks, blocks_for
+from megatron_vl.engine.layer_specs import Blocks, blocks_for, open_blocks
 from megatron_vl.engine.platform import PLATFORM
 from megatron_vl.engine.recompute import mark_decoder, mark_encoder
 from megatron_vl.engine.sharding import mark_tensor_parallel
 from megatron_vl.model.vlm import VisionLanguageModel
 from megatron_vl.train.freeze import set_trainable
+
+if TYPE_CHECKING:
+    from megatron_vl.train.distill import Distillation
 
 
 @dataclass
@@ -34,6 +39,7 @@ class Trainee:
         learns: this rank holds at least one trainable parameter.
         trainable: trainable parameters of each part on this rank.
         fp8: what runs in FP8 on this rank; None where the precision is no FP8.
+        distillation: teacher and fake quantization; None where the stage learns from labels.
     """
 
     module: VisionLanguageModel
@@ -43,6 +49,7 @@ class Trainee:
     learns: bool
     trainable: dict[Part, int]
     fp8: Fp8Layers | None = None
+    distillation: "Distillation | None" = None
 
 
 def build_model(
@@ -51,16 +58,20 @@ def build_model(
     """This rank's pipeline stage, weights not yet drawn or loaded.
 
     Args:
-        blocks: the layer spec's modules; the platform's when None.
+        blocks: the layer spec's modules; when None the platform's, with linears that can be
+            quantized where the stage asks for it.
 
     Raises:
         ValueError: the pipeline ranks together built other layers than the pattern's.
     """
+    if blocks is None:
+        plain = config.distill.student is StudentFormat.none
+        blocks = blocks_for(PLATFORM) if plain else open_blocks(PLATFORM)
     module = VisionLanguageModel(
         config.model,
         config.parallel,
         config.precision,
-        blocks or blocks_for(PLATFORM),
+        blocks,
         groups,
         sequence_length=config.data.sequence_length,
         pre_process=groups.pp.rank() == 0,

@@ -8,7 +8,6 @@ with what the rank said.
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed
@@ -17,7 +16,6 @@ from megatron_vl.config.load import config_hash
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.cost.flops import PackFlops, pack_flops
 from megatron_vl.cost.recompute import recomputed_layers
-from megatron_vl.data.loader import PackLoader
 from megatron_vl.data.pack import Pack
 from megatron_vl.engine import process_groups
 from megatron_vl.engine.platform import PLATFORM
@@ -28,14 +26,17 @@ from megatron_vl.run.metrics import append_metrics
 from megatron_vl.run.receipt import CheckpointRef, Receipt, Seconds, Status, now
 from megatron_vl.run.stop import Stop, StopRequest
 from megatron_vl.run.versions import versions
-from megatron_vl.train.checkpoint import LoopState, save, step_folder
+from megatron_vl.train.checkpoint import LoopState, step_folder
+from megatron_vl.train.checkpoint_save import Saver, longest_save
 from megatron_vl.train.data_account import TrainingData
+from megatron_vl.train.distill import calibrated_inputs, held_out_divergence
 from megatron_vl.train.drift import DriftMeter
+from megatron_vl.train.evaluate_sets import HeldOutLoss, evaluate_set, held_out_sets
 from megatron_vl.train.loss import sum_over_ranks
 from megatron_vl.train.meters import Meters, StepMetrics, utilisation
 from megatron_vl.train.schedule import learning_rate
 from megatron_vl.train.start import Start, start_stage
-from megatron_vl.train.step import StepResult, count, evaluate_batch, train_step
+from megatron_vl.train.step import StepResult, count, train_step
 from megatron_vl.train.timers import ScheduleTimers, bubble
 
 
@@ -127,6 +128,12 @@ class Loop:
         self.timers = ScheduleTimers()
         self.trainee.module.config.timers = self.timers
         self.saves_told = 0.0
+        self.attempt = 0
+        self.saver = Saver(
+            self.trainee,
+            background=config.checkpoint.async_save,
+            any_layout=config.checkpoint.any_layout,
+        )
         self.drift = DriftMeter(config, self.trainee)
         self.loader = TrainingData(
             config,
@@ -155,15 +162,22 @@ class Loop:
             if self._due(self.config.evaluation.every):
                 self._evaluate()
             if self._due(self.config.checkpoint.every):
-                self._save(optimizer=True, attempt=attempt)
+                self._begin_save(optimizer=True, attempt=attempt)
         return Stop.none
 
     def _agreed(self) -> Stop:
-        """What any rank has been asked, the same answer on all of them."""
+        """What any rank has been asked, the same answer on all of them.
+
+        In the same message the ranks tell whether they still write; when none does, the save that
+        is under way is completed.
+        """
         seen = self.stop.look(self.save_seconds, self.step_seconds)
-        largest = torch.tensor(int(seen), device=PLATFORM.device)
+        largest = torch.tensor([int(seen), int(self.saver.writing)], device=PLATFORM.device)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        return Stop(int(largest))
+        asked, writing = largest.tolist()
+        if not writing:
+            self._end_save()
+        return Stop(asked)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0 and self.step < self.config.train.steps
@@ -249,35 +263,38 @@ class Loop:
                 for length in (sum(pack.document_lengths), pack.tokens_L.shape[0])
             )
             beyond = run.hardware - useful.total
-            total += PackFlops(useful.forward, useful.backward, beyond)
+            taught = useful.forward if self.trainee.distillation is not None else 0
+            total += PackFlops(useful.forward + taught, useful.backward, beyond)
         return total
 
     def _evaluate(self) -> None:
         """Held-out loss over the first batches of the stage's own blend, the same every time."""
+        self._evaluate_on("val", self.config, self.config.evaluation.batches)
+        if self.trainee.distillation is not None:
+            began = time.perf_counter()
+            found = HeldOutLoss(held_out_divergence(self.trainee, self.config))
+            self._tell("val_divergence", found, began)
+
+    def _evaluate_on(self, name: str, config: StageConfig, batches: int) -> None:
         began = time.perf_counter()
-        groups = self.trainee.groups
-        loader = PackLoader(
-            self.config, split="val", rank=groups.dp.rank(), size=groups.dp.size(), cursor=0
-        )
-        try:
-            total = weight = 0.0
-            for _ in range(self.config.evaluation.batches):
-                packs = loader.next_batch()
-                counts = count(packs, self.trainee)
-                loss = evaluate_batch(packs, counts, self.trainee, self.config)
-                total += loss * counts.weight
-                weight += counts.weight
-        finally:
-            loader.close()
+        self._tell(name, evaluate_set(config, self.trainee, batches), began)
+
+    def _tell(self, name: str, found: HeldOutLoss, began: float) -> None:
         seconds = time.perf_counter() - began
-        self.evaluations["val"] = total / weight
-        self.meters.evaluation("val", self.step, total / weight, seconds)
+        self.evaluations |= found.metrics(name)
+        self.meters.evaluation(name, self.step, found, seconds)
         self.clock.useful += seconds
 
-    def _save(self, *, optimizer: bool, attempt: int) -> Path:
-        """Save and journal; returns the checkpoint's folder."""
+    def _evaluate_all_sets(self) -> None:
+        """Held-out loss on the set of every stage of the run."""
+        if self.config.evaluation.packs:
+            for name, config in held_out_sets(self.run_folder, self.config).items():
+                self._evaluate_on(name, config, 1)
+
+    def _begin_save(self, *, optimizer: bool, attempt: int, last: bool = False) -> None:
+        """Start a save; `_end_save` makes it valid, at the latest before the next one begins."""
+        self._end_save()
         began = time.perf_counter()
-        folder = step_folder(self.stage.checkpoints, self.step)
         state = LoopState(
             stage=self.stage.name,
             step=self.step,
@@ -287,35 +304,62 @@ class Loop:
             parent=self.start.parent.digest if self.start.parent else "",
         )
         self.stage.require_current(attempt)
-        save(folder, self.trainee, state)
+        # First the ledger: a checkpoint must not outlive what it has seen. The other way round, a
+        # line without its checkpoint is one that the next attempt writes again.
         self.loader.saved(self.step)
-        seconds = time.perf_counter() - began
-        self.save_seconds = max(seconds, self.save_seconds or 0.0)
-        self.clock.saving += seconds
+        self.saver.begin(step_folder(self.stage.checkpoints, self.step), state, last=last)
+        self.clock.saving += time.perf_counter() - began
+        self.attempt = attempt
+        if not self.config.checkpoint.async_save:
+            self._end_save()
+
+    def _end_save(self) -> None:
+        """Wait for the save that is under way, if one is, and journal it."""
+        if self.saver.under_way is None:
+            return
+        began = time.perf_counter()
+        attempt = self.attempt
+        saved = self.saver.end(lambda: self.stage.require_current(attempt))
+        self.clock.saving += time.perf_counter() - began
+        self.save_seconds = max(saved.seconds, self.save_seconds or 0.0)
         if not self.speaks:
-            return folder
-        self.meters.say(f"saved {folder.name} in {seconds:.1f} s")
-        self.run_folder.journal.append(
-            "saved", stage=self.stage.name, attempt=attempt, step=self.step, seconds=seconds
+            return
+        self.meters.say(
+            f"saved {saved.folder.name} in {saved.seconds:.2f} s; training waited "
+            f"{saved.stall_seconds:.2f} s of them"
         )
-        return folder
+        self.run_folder.journal.append(
+            "saved",
+            stage=self.stage.name,
+            attempt=attempt,
+            step=saved.state.step,
+            seconds=saved.seconds,
+            stall_s=saved.stall_seconds,
+        )
 
     def finish(self, attempt: int, started: str) -> None:
         """Evaluate, save, and write the receipt: in this order, the receipt last."""
         self._evaluate()
-        folder = self._save(optimizer=self.config.checkpoint.optimizer, attempt=attempt)
+        self._evaluate_all_sets()
+        folder = step_folder(self.stage.checkpoints, self.step)
+        self._begin_save(optimizer=self.config.checkpoint.optimizer, attempt=attempt, last=True)
+        self._end_save()
         self._close()
+        calibration = calibrated_inputs(self.trainee)
         if not self.speaks:
             return
         saved = CheckpointRef(
             path=str(folder.relative_to(self.stage.path)), digest=checkpoint_digest(folder)
         )
+        if calibration is not None:
+            calibration.write(self.stage.path, saved.digest, self.config.train.seed)
         self._write_receipt(attempt, started, "done", f"all {self.step} steps ran", saved)
 
     def leave(self, attempt: int, started: str, asked: Stop) -> None:
         """Save what the stage has learned since its last save, and write an incomplete receipt."""
         if self.step > self.start.step:
-            self._save(optimizer=True, attempt=attempt)
+            self._begin_save(optimizer=True, attempt=attempt)
+            self._end_save()
         self._close()
         if self.speaks:
             reason = f"{asked.words}; stopped after step {self.step} of {self.config.train.steps}"
@@ -328,7 +372,7 @@ class Loop:
     def _write_receipt(
         self, attempt: int, started: str, status: Status, reason: str, saved: CheckpointRef | None
     ) -> None:
-        metrics: dict[str, object] = {f"eval/{k}": v for k, v in self.evaluations.items()}
+        metrics: dict[str, object] = {**self.evaluations}
         metrics["goodput"] = round(goodput(self.run_folder, self.stage, started), 4)
         metrics["save_stall_s"] = round(self.clock.saving, 3)
         if self.last_result is not None:
@@ -355,13 +399,3 @@ class Loop:
                 ended=now(),
             )
         )
-
-
-def longest_save(run: RunFolder, stage: StageFolder) -> float | None:
-    """The longest save that earlier attempts at the stage measured; None when they made none."""
-    seconds = [
-        event["seconds"]
-        for event in run.journal.read()
-        if event["event"] == "saved" and event["stage"] == stage.name
-    ]
-    return max(seconds, default=None)

@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_vl.run.folder import StageFolder
 from megatron_vl.run.metrics import append_metrics
+from megatron_vl.train.evaluate_sets import HeldOutLoss
 
 # Seconds between progress lines in a log; the last step always has one.
 PROGRESS_INTERVAL = 2.0
@@ -75,14 +76,16 @@ class Meters:
                 f"{metrics.tokens_per_s:,.0f} tokens/s  {metrics.seconds:.2f} s/step"
             )
 
-    def evaluation(self, name: str, step: int, loss: float, seconds: float) -> None:
-        """Record a held-out loss and how long it took."""
+    def evaluation(self, name: str, step: int, found: HeldOutLoss, seconds: float) -> None:
+        """Record the held-out losses of a set and how long they took."""
         if self._board is None:
             return
-        record = {"eval": name, "step": step, "loss": loss, "seconds": seconds}
+        record = {"eval": name, "step": step, "seconds": seconds, **asdict(found)}
         append_metrics(self.stage.metrics_path, record)
-        self._board.add_scalar(f"eval/{name}", loss, step)
-        self.say(f"step {step}/{self.steps}  held-out loss ({name}) {loss:.4f}")
+        for key, loss in found.metrics(name).items():
+            self._board.add_scalar(key, loss, step)
+        by_source = ", ".join(f"{key} {loss:.3f}" for key, loss in found.sources.items())
+        self.say(f"step {step}/{self.steps}  held-out loss ({name}) {found.loss:.4f}: {by_source}")
 
     def say(self, line: str) -> None:
         """Print a line from rank 0, at once."""

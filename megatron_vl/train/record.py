@@ -149,10 +149,10 @@ def gradients(packs: list[Pack], trainee: Trainee, config: StageConfig) -> dict[
     trainee.wrapped.train()
     trainee.wrapped.zero_grad_buffer()
     run_batch(packs, count(packs, trainee), trainee, config, forward_only=False)
-    _gather_reduced(trainee)
+    gather_reduced(trainee)
     learns = {part.value for part in config.train.trainable}
     parts: dict[str, Tensor] = {}
-    with _gradients_as_weights(trainee):
+    with gradients_as_weights(trainee):
         for shard in sharded_tensors(trainee.module, trainee.groups):
             if is_main_replica(shard.replica_id) and part_of(shard.key).value in learns:
                 offsets = "x".join(map(str, shard.global_offset))
@@ -161,7 +161,7 @@ def gradients(packs: list[Pack], trainee: Trainee, config: StageConfig) -> dict[
     return parts
 
 
-def _gather_reduced(trainee: Trainee) -> None:
+def gather_reduced(trainee: Trainee) -> None:
     """Complete every gradient buffer: each rank has reduced its own part of it alone."""
     for buffer in trainee.wrapped.buffers:
         group = buffer.data_parallel_group
@@ -171,7 +171,7 @@ def _gather_reduced(trainee: Trainee) -> None:
 
 
 @contextmanager
-def _gradients_as_weights(trainee: Trainee) -> Iterator[None]:
+def gradients_as_weights(trainee: Trainee) -> Iterator[None]:
     """Let the model's tensors show their gradients, so that they are described as weights are."""
     weights = {}
     for name, parameter in trainee.module.named_parameters():

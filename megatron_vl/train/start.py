@@ -8,6 +8,7 @@ a checkpoint of this stage exists (go on from it), `carry.weights: previous` (ta
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vl.config.schema import StageConfig, WeightSource
@@ -17,11 +18,14 @@ from megatron_vl.run.receipt import ParentRef
 from megatron_vl.train.build import Trainee, build_model, prepare_training
 from megatron_vl.train.checkpoint import (
     CheckpointError,
-    latest,
+    load_calibration,
     load_optimizer,
     load_weights,
     read_state,
 )
+from megatron_vl.train.checkpoint_check import usable_checkpoint
+from megatron_vl.train.checkpoint_save import clear_unfinished
+from megatron_vl.train.distill import calibrate, prepare_distillation
 
 
 @dataclass(frozen=True)
@@ -54,19 +58,23 @@ def start_stage(
     """
     module = build_model(config, groups)
     parent, source = _parent(config, run, stage)
-    resumed = latest(stage.checkpoints)
+    resumed, quarantined = usable_checkpoint(run, stage)
+    if torch.distributed.get_rank() == 0:
+        clear_unfinished(stage.checkpoints)
     if resumed is not None:
         _refuse_other_parent(resumed, parent)
         state = load_weights(resumed, module, groups)
         trainee = prepare_training(module, config, groups)
         if state.optimizer or state.step < config.train.steps:
             load_optimizer(resumed, trainee)
-        said = f"goes on after step {state.step}, from {resumed.name}"
+        prepare_distillation(trainee, config, source)
+        load_calibration(resumed, trainee)
+        said = "; ".join([*quarantined, f"goes on after step {state.step}, from {resumed.name}"])
         return Start(trainee, state.step, state.data_cursor, parent, said)
     if source is None:
         initialize(module, groups, config.model, config.train.seed)
         trainee = prepare_training(module, config, groups)
-        said = f"starts from weights drawn with seed {config.train.seed}"
+        said = "; ".join([*quarantined, f"starts from weights drawn with seed {config.train.seed}"])
         return Start(trainee, 0, 0, parent, said)
     state = load_weights(source, module, groups)
     if config.carry.fresh:
@@ -74,10 +82,13 @@ def start_stage(
     trainee = prepare_training(module, config, groups)
     if config.carry.optimizer:
         _carry_optimizer(source, trainee, config)
+    prepare_distillation(trainee, config, source)
     cursor = state.data_cursor if config.carry.data_cursor else 0
     fresh = ", ".join(part.value for part in config.carry.fresh)
     drawn = f", {fresh} drawn anew" if fresh else ""
-    return Start(trainee, 0, cursor, parent, f"starts from {state.stage} step {state.step}{drawn}")
+    begins = f"starts from {state.stage} step {state.step}{drawn}"
+    said = "; ".join([*quarantined, begins, *calibrate(trainee, config, cursor=cursor)])
+    return Start(trainee, 0, cursor, parent, said)
 
 
 def _parent(

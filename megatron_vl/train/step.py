@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.cost.flops import PackFlops
 from megatron_vl.data.pack import Pack
-from megatron_vl.engine.packed import packed_sequence
+from megatron_vl.engine.packed import PackedSequence, packed_sequence
 from megatron_vl.engine.platform import PLATFORM
+from megatron_vl.model.decoder import Head
 from megatron_vl.model.visual import visual_input
 from megatron_vl.train.build import Trainee
 from megatron_vl.train.loss import sum_over_ranks, undo_averaging, weighted_sum
@@ -76,10 +77,27 @@ def count(packs: list[Pack], trainee: Trainee, flops: PackFlops | None = None) -
 
 
 def _forward(
-    packs: Iterator[Pack], model: nn.Module, *, trainee: Trainee, scale: float
+    batch: Iterator[tuple[Pack, Head | None]],
+    model: nn.Module,
+    *,
+    trainee: Trainee,
+    scale: float,
 ) -> tuple[Tensor, partial[tuple[Tensor, Tensor]]]:
     """megatron-core's forward-step protocol: the stage's output, and how to turn it into a loss."""
-    pack, device = next(packs), PLATFORM.device
+    pack, head = next(batch)
+    output, _, weights_L = run_model(pack, model, trainee, head)
+    return output, partial(_loss, weights_L=weights_L, scale=scale)
+
+
+def run_model(
+    pack: Pack, model: nn.Module, trainee: Trainee, head: Head | None = None
+) -> tuple[Tensor, PackedSequence, Tensor]:
+    """The stage's output for a pack, the pack's documents, and this rank's loss weights.
+
+    Args:
+        head: what the last stage gives in place of the token losses.
+    """
+    device = PLATFORM.device
     context = {
         "context_size": trainee.groups.cp.size(),
         "context_rank": trainee.groups.cp.rank(),
@@ -99,8 +117,9 @@ def _forward(
         visual_input(pack, device, **context) if trainee.module.pre_process else None,
         documents,
         labels_BL=labels_L.unsqueeze(0),
+        head=head,
     )
-    return output, partial(_loss, weights_L=weights_L, scale=scale)
+    return output, documents, weights_L
 
 
 def _loss(losses_BL: Tensor, *, weights_L: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -115,17 +134,25 @@ def run_batch(
     config: StageConfig,
     *,
     forward_only: bool,
+    taught: bool = False,
 ) -> float:
     """Forward (and backward) over one global batch.
+
+    Args:
+        taught: the loss is the divergence from the teacher, not from the labels.
 
     Returns:
         The batch's square-averaged loss, the same on every rank.
     """
+    heads: list[Head | None] = [None] * len(packs)
+    if taught:
+        assert trainee.distillation is not None
+        heads = trainee.distillation.heads(packs, trainee, config)
     assert counts.weight > 0, "a global batch without a supervised token"
     scale = undo_averaging(len(packs), trainee.groups.dp.size()) / counts.weight
     results = get_forward_backward_func()(
         forward_step_func=partial(_forward, trainee=trainee, scale=scale),
-        data_iterator=iter(packs),
+        data_iterator=iter(list(zip(packs, heads, strict=True))),
         model=[trainee.wrapped],
         num_microbatches=len(packs),
         seq_length=config.data.sequence_length,
@@ -164,7 +191,8 @@ def train_step(
     trainee.wrapped.train()
     trainee.wrapped.zero_grad_buffer()
     trainee.optimizer.zero_grad()
-    loss = run_batch(packs, counts, trainee, config, forward_only=False)
+    taught = trainee.distillation is not None
+    loss = run_batch(packs, counts, trainee, config, forward_only=False, taught=taught)
     if not math.isfinite(loss):
         keys = ", ".join(key for pack in packs for key in pack.sample_keys[:3])
         raise NonFiniteLossError(f"the loss is {loss}; first samples of this rank's packs: {keys}")
@@ -178,13 +206,20 @@ def train_step(
         raise NonFiniteLossError("the optimizer skipped the step: a gradient is not finite")
     if trainee.fp8 is not None:
         trainee.fp8.advance()
+    if trainee.distillation is not None:
+        trainee.distillation.student.refresh()
     return StepResult(loss=loss, grad_norm=float(grad_norm))
 
 
 @torch.no_grad()
 def evaluate_batch(
-    packs: list[Pack], counts: BatchCounts, trainee: Trainee, config: StageConfig
+    packs: list[Pack],
+    counts: BatchCounts,
+    trainee: Trainee,
+    config: StageConfig,
+    *,
+    taught: bool = False,
 ) -> float:
-    """Held-out loss of one global batch."""
+    """Held-out loss of one global batch; `taught` as in `run_batch`."""
     trainee.wrapped.eval()
-    return run_batch(packs, counts, trainee, config, forward_only=True)
+    return run_batch(packs, counts, trainee, config, forward_only=True, taught=taught)

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_vl.config.load import load_stage
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.data import lengths as lengths_room
+from megatron_vl.data import prepare
 from megatron_vl.data.fit import Room, fit_sample, headers_of, shorten
 from megatron_vl.data.lengths import LengthTable, build_length_tables, length_table
 from megatron_vl.data.store import SourceStore
 from megatron_vl.data.tokenizer import Tokenizer
+from tests.conftest import LAPTOP, SmallData
 from tests.data.conftest import with_data
 
 
@@ -157,6 +160,18 @@ def test_a_stages_tables_are_made_beforehand(stage: StageConfig, root: Path) -> 
     assert len(tables(root)) > before
     build_length_tables(other, progress=lines.append)
     assert len(lines) == 4
+
+
+def test_preparing_a_recipe_makes_its_stages_tables(
+    small_data: SmallData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "prepare_laptop", lambda *args, **settings: small_data.root)
+    lines: list[str] = []
+    overrides = [small_data.override, "data.sequence_length=474"]
+    for _ in range(2):
+        prepare.prepare_recipe(LAPTOP / "stage1.yaml", overrides, progress=lines.append)
+    stage = load_stage(LAPTOP / "stage1.yaml", overrides)
+    assert len(lines) == 2 * len(stage.data.blend)
 
 
 def test_long_samples_give_way_step_by_step(

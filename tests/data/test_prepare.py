@@ -11,8 +11,8 @@ import pytest
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.data.chat import visual_parts
 from megatron_vl.data.fit import headers_of
-from megatron_vl.data.laptop_material import SOURCES, held_out_count, source_samples
-from megatron_vl.data.prepare import MARKER, prepare_laptop, read_marker
+from megatron_vl.data.laptop_sources import held_out_count, source_samples
+from megatron_vl.data.prepare import MARKER, TOKENIZER_FILE, prepare_laptop, read_marker
 from megatron_vl.data.store import SourceStore
 from tests.data.conftest import SIZES
 
@@ -127,7 +127,7 @@ def test_store_errors(root: Path, tmp_path: Path) -> None:
         SourceStore(root, "ocr", "test")
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", SIZES)
 def test_held_out_samples_are_others(root: Path, source: str) -> None:
     rows = {}
     for split in ("train", "val"):
@@ -137,7 +137,7 @@ def test_held_out_samples_are_others(root: Path, source: str) -> None:
             (json.dumps([m["content"][-1] for m in s.messages]), *s.media()) for s in samples
         }
     assert not rows["train"] & rows["val"]
-    assert held_out_count(1500) == 100
+    assert held_out_count(1500) == 150
 
 
 def test_samples_are_deterministic_and_checked() -> None:
@@ -155,3 +155,18 @@ def test_an_interrupted_build_is_not_taken_for_a_finished_one(root: Path, tmp_pa
     assert read_marker(half) is None
     (half / MARKER).write_text("{")
     assert read_marker(half) is None
+
+
+def test_a_released_tokenizer_is_taken_as_it_is(
+    stage: StageConfig, root: Path, tmp_path: Path
+) -> None:
+    released = root / TOKENIZER_FILE
+    data = replace(stage.data, root=str(tmp_path / "data"), tokenizer=str(released))
+    quiet = {"progress": lambda line: None}
+    prepare_laptop(data, stage.model, seed=1, sizes={"text": 8}, **quiet)
+    assert (tmp_path / "data" / TOKENIZER_FILE).read_bytes() == released.read_bytes()
+    with pytest.raises(ValueError, match=r"set model\.vocab_size="):
+        prepare_laptop(data, replace(stage.model, vocab_size=2050), seed=1, sizes={}, **quiet)
+    gone = replace(data, tokenizer=str(tmp_path / "nowhere.json"))
+    with pytest.raises(FileNotFoundError, match="names no file"):
+        prepare_laptop(gone, stage.model, seed=1, sizes={}, **quiet)

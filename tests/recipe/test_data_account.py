@@ -1,18 +1,23 @@
 """The laptop recipe uses the whole data side: what receipts, ledgers and configs say."""
 
 import json
+import re
+from pathlib import Path
 
+import pytest
 import yaml
 
+from launch.cli import main
 from megatron_vl.config.load import load_stage
 from megatron_vl.data.ledger import digest_of, lineage, read_lines
 from megatron_vl.data.loader import PackLoader
 from megatron_vl.run.folder import RunFolder
+from megatron_vl.run.metrics import read_metrics, step_lines
 from tests.conftest import ShortRun, mvl
 
 
 def test_receipts_tell_what_was_used(short_run: ShortRun) -> None:
-    for stage in RunFolder(short_run.path).stages():
+    for stage in short_run.trained:
         receipt = stage.receipt()
         assert receipt is not None
         said = receipt.metrics
@@ -34,11 +39,11 @@ def test_receipts_tell_what_was_used(short_run: ShortRun) -> None:
 def test_receipts_tell_of_pictures_and_pruned_clips(short_run: ShortRun) -> None:
     said = {
         stage.name: stage.receipt().metrics  # type: ignore[union-attr]
-        for stage in RunFolder(short_run.path).stages()
+        for stage in short_run.trained
     }
     assert said["stage2"]["data/samples"]["clips"] > 0
     assert said["stage2"]["data/pruned_videos"] > 0
-    assert all(said[stage]["data/units"] > 0 for stage in ("init", "stage0", "stage1", "stage2"))
+    assert all(said[stage]["data/units"] > 0 for stage in ("stage0", "stage1", "stage2"))
     assert said["stage3"]["data/units"] == said["stage4"]["data/pruned_videos"] == 0
     seen = {source for metrics in said.values() for source in metrics["data/samples"]}
     assert seen == {"captions", "ocr", "qa", "clips", "text", "code", "long_text"}
@@ -58,6 +63,24 @@ def test_the_command_lists_the_samples_of_a_step(short_run: ShortRun) -> None:
     assert "tells of no step 9" in done.stdout
 
 
+def test_a_page_shows_the_packs_of_a_step(
+    short_run: ShortRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, page = str(short_run.path), tmp_path / "step.html"
+    assert main(["data", "ledger", run, "stage0", "--step", "2"]) == 0
+    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    assert main(["data", "show", run, "stage0", "--step", "2", "--out", str(page)]) == 0
+    html = page.read_text()
+    shown = re.findall(r'<article id="([^"]+)">.*?<dt>pack</dt><dd>(\d+)</dd>', html, re.DOTALL)
+    assert shown == [(row["key"], str(row["pack"])) for row in rows]
+    assert html.count("<figure>") == len(rows) > 0  # stage 0 is pictures throughout
+    line = step_lines(read_metrics(short_run.trained[0].metrics_path))[1]
+    assert f"loss {line['loss']:.4f}" in capsys.readouterr().out
+    assert f"loss {line['loss']:.4f}" in html
+    assert main(["data", "show", run, "--step", "9"]) == 2
+    assert "tells of no step 9" in capsys.readouterr().err
+
+
 def test_the_ledger_follows_from_the_resolved_config_alone(short_run: ShortRun) -> None:
     for name in ("stage1", "stage4"):
         stage = RunFolder(short_run.path).stage(name)
@@ -74,7 +97,7 @@ def test_the_ledger_follows_from_the_resolved_config_alone(short_run: ShortRun) 
 
 def test_configs_hold_their_blends_and_the_recipe_uses_every_kind(short_run: ShortRun) -> None:
     units, ends, limits = set(), set(), set()
-    for stage in RunFolder(short_run.path).stages():
+    for stage in short_run.trained:
         data = yaml.safe_load(stage.config_path.read_text())["data"]
         assert data["blend_file"] == ""
         assert data["blend"]

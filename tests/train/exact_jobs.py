@@ -18,7 +18,9 @@ from megatron_vl.engine.sharding import fill, sharded_tensors
 from megatron_vl.model.initialize import draw_tensor, generator_for
 from megatron_vl.model.vlm import VisionLanguageModel
 from megatron_vl.train.build import Trainee, build_model, prepare_training
-from megatron_vl.train.checkpoint import LoopState, load_optimizer, load_weights, save
+from megatron_vl.train.checkpoint import LoopState, load_optimizer, load_weights
+from megatron_vl.train.checkpoint_save import save
+from megatron_vl.train.record import gather_reduced
 from megatron_vl.train.step import count, run_batch, train_step
 from megatron_vl.train.synthetic import Kind, Sample, samples_of, synthetic_packs
 from tests.support.packs import run_pack
@@ -88,15 +90,6 @@ def run_packs(packs: list[Pack], trainee: Trainee, config: StageConfig) -> Batch
     }
     units = sum(len(pack.grids) for pack in packs)
     return Batch(loss, units, shards(trainee.module, trainee.groups, gradients))
-
-
-def gather_reduced(trainee: Trainee) -> None:
-    """Each rank has reduced its own part of a gradient buffer; give every rank all of it."""
-    group = trainee.groups.dp_cp
-    for buffer in trainee.wrapped.buffers:
-        for bucket in buffer.buckets:
-            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-            torch.distributed.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
 
 def shards(

@@ -12,7 +12,8 @@ from megatron_vl.config.load import load_stage
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.data.loader import PackLoader
 from megatron_vl.train.build import Trainee
-from megatron_vl.train.checkpoint import LoopState, read_state, save
+from megatron_vl.train.checkpoint import LoopState, read_state
+from megatron_vl.train.checkpoint_save import save
 from megatron_vl.train.drift import DriftMeter, DriftReport
 from megatron_vl.train.schedule import learning_rate
 from megatron_vl.train.step import count, train_step

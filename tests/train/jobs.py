@@ -18,8 +18,9 @@ from megatron_vl.train.checkpoint import (
     load_optimizer,
     load_weights,
     read_state,
-    save,
 )
+from megatron_vl.train.checkpoint_save import save
+from megatron_vl.train.evaluate_sets import HeldOutLoss, evaluate_set
 from megatron_vl.train.schedule import learning_rate
 from megatron_vl.train.step import count, train_step
 
@@ -123,3 +124,11 @@ def _state(config: StageConfig, step: int) -> LoopState:
         optimizer=True,
         trainable=sorted(part.value for part in config.train.trainable),
     )
+
+
+def held_out(stage_file: Path, overrides: list[str], batches: int) -> HeldOutLoss:
+    """The losses of drawn weights on a stage's held-out set."""
+    config = load_stage(stage_file, overrides)
+    found = evaluate_set(config, drawn(config), batches)
+    process_groups.destroy()
+    return found

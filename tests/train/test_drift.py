@@ -9,7 +9,7 @@ from megatron_vl.run.folder import RunFolder
 from megatron_vl.run.metrics import drift_lines, eval_lines, read_metrics, step_lines
 from megatron_vl.train.build import Trainee
 from megatron_vl.train.drift import DriftReport
-from tests.conftest import LAPTOP, TINY, SmallData
+from tests.conftest import DRAWN, LAPTOP, TINY, SmallData
 from tests.support.ranks import RankPool
 from tests.train import fp8_jobs
 from tests.train.stage_jobs import run_stage
@@ -77,7 +77,7 @@ def test_a_stage_writes_and_says_it(ranks: RankPool, small_data: SmallData, tmp_
     run.create({"stages": [{"name": "init", "folder": "00_init"}]})
     (stage,) = run.stages()
     overrides = [*TINY, "train.steps=2", "precision=fp8_blockwise", "fp8.drift_every=2"]
-    config = load_stage(LAPTOP / "init.yaml", [small_data.override, *overrides])
+    config = load_stage(DRAWN, [small_data.override, *overrides])
     stage.config_path.write_text(to_yaml(config))
     ranks.run(1, run_stage, tmp_path / "run", "init")
     records = read_metrics(stage.metrics_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_vl.train.checkpoint import full_tensors
-from tests.conftest import LAPTOP, SmallData
+from tests.conftest import DRAWN, LAPTOP, SmallData
 from tests.support.ranks import RankPool
 from tests.train import jobs
 
@@ -65,7 +65,7 @@ def test_losses_equal_one_rank(
 def test_drawn_weights_do_not_depend_on_the_layout(
     ranks: RankPool, small_data: SmallData, layout: list[str]
 ) -> None:
-    file = LAPTOP / "init.yaml"
+    file = DRAWN
     whole = ranks.run(1, jobs.drawn_sums, file, [small_data.override, *QUICK])[0]
     parts = ranks.run(_ranks(layout), jobs.drawn_sums, file, [small_data.override, *QUICK, *layout])
     added: dict[str, float] = {}
