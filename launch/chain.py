@@ -1,4 +1,4 @@
-"""Runs the selected stages of a run one after another, each on its parent's receipt.
+"""Runs the selected stages of a run one after another, each on its parents' receipts.
 
 This is the supervisor: in the foreground under `mvl submit --follow`, else a detached process that
 outlives the terminal. It reads the run folder alone. A stage is over when a receipt says so: if the
@@ -22,14 +22,16 @@ from contextlib import contextmanager
 from types import FrameType
 
 from launch import exit_codes
-from launch.attempt import begin_attempt, write_own_receipt
+from launch.attempt import begin_attempt, counts, statement, write_own_receipt
 from launch.follow import Watcher, make_watcher
+from launch.gates import PAGE, settle_gate
 from launch.local import GRACE_SECONDS, CommandBuilder, RankGroup, RankResult, rank_commands
 from launch.lock import RunLock, holder
 from launch.reasons import why
 from launch.summary import print_summary
-from megatron_vl.config.load import load_stage
+from megatron_vl.config.recipe import TRAIN, load_work
 from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_node import Work
 from megatron_vl.run.folder import (
     ParentError,
     RunError,
@@ -53,25 +55,50 @@ class Supervisor:
     grace_seconds: float = GRACE_SECONDS
 
     def run_selected(self) -> int:
-        """Run the selected stages in order until one is not done; returns an exit code."""
+        """Run the selected stages in order, each when all it waits for is done.
+
+        What follows a stage that is not done is left out; other branches go on.
+
+        Returns:
+            An exit code: that of the first stage that is not done.
+        """
+        graph = self.run.graph()
+        stuck: dict[str, int] = {}
         for name in self.run.plan()["selected"]:
-            stage = self.run.stage(name)
-            receipt = stage.receipt()
-            if receipt is not None and receipt.done:
-                self._refuse_stale(stage, receipt)
-                self.watcher.end(stage, receipt)
-                self.watcher.say(f"{name}: done before, at step {receipt.step}; not run again")
+            if any(parent in stuck for parent in graph.parents[name]):
+                stuck[name] = exit_codes.HELD
                 continue
-            receipt = self.run_stage(stage)
+            left_out = self.run.not_taken(name)
+            if left_out is not None:
+                self.watcher.say(f"{name}: {left_out}")
+                continue
+            receipt = self._bring_about(self.run.stage(name))
             if not receipt.done:
                 self.watcher.say(f"{name}: {receipt.status}: {receipt.reason}")
-                return exit_codes.BY_STATUS[receipt.status]
-            self.watcher.say(f"{name}: done at step {receipt.step}, checkpoint {_short(receipt)}")
-        return exit_codes.OK
+                stuck[name] = exit_codes.BY_STATUS[receipt.status]
+        return next(iter(stuck.values()), exit_codes.OK)
+
+    def _bring_about(self, stage: StageFolder) -> Receipt:
+        """The receipt of a stage: that of an earlier run where it counts, else of an attempt."""
+        receipt = settle_gate(self.run, stage)
+        if receipt is not None and receipt.held_by_gate:
+            self.watcher.end(stage, receipt)
+            return receipt
+        if receipt is not None and counts(self.run, stage):
+            self._refuse_stale(stage, receipt)
+            self.watcher.end(stage, receipt)
+            self.watcher.say(f"{stage.name}: done before{_at_step(receipt)}; not run again")
+            return receipt
+        receipt = self.run_stage(stage)
+        if receipt.done:
+            receipt = settle_gate(self.run, stage) or receipt
+        if receipt.done:
+            self.watcher.say(f"{stage.name}: done{_at_step(receipt)}{_left(receipt)}")
+        return receipt
 
     def run_stage(self, stage: StageFolder) -> Receipt:
         """Make one attempt at one stage. Raises ParentError when it must not start."""
-        config = load_stage(stage.config_path)
+        config = load_work(stage.work_path)
         attempt = begin_attempt(self.run, stage, config)
         commands = self.build_commands(self.run, stage, config, attempt)
         self.watcher.say(_opening(stage, config, attempt, len(commands)))
@@ -107,7 +134,12 @@ class Supervisor:
                     self.run, stage, config, status, reason, started=started, lost=lost
                 )
             self.run.journal.append(
-                "ended", stage=stage.name, attempt=attempt, status=receipt.status, step=receipt.step
+                "ended",
+                stage=stage.name,
+                attempt=attempt,
+                status=receipt.status,
+                step=receipt.step,
+                statement=statement(receipt),
             )
             self.watcher.end(stage, receipt)
         return receipt
@@ -178,6 +210,11 @@ def _print_way_on(run: RunFolder) -> None:
     """Where to look and how to go on after a chain has stopped."""
     for stage in run.stages():
         receipt = stage.receipt()
+        if receipt is not None and receipt.held_by_gate:
+            words = ["mvl", "gate", "override", str(run.path), stage.name, "--reason", "WHY"]
+            print(f"why, and what to try: {stage.attempt_path(receipt.attempts) / PAGE}")
+            print(f"to go on all the same, on record: {shlex.join(words)}")
+            return
         if receipt is not None and not receipt.done:
             print(f"its log: mvl logs {shlex.quote(str(run.path))} {stage.name}")
             print(f"to go on from its last checkpoint: mvl resume {shlex.quote(str(run.path))}")
@@ -201,16 +238,25 @@ def stop(run: RunFolder) -> int:
     return exit_codes.OK
 
 
-def _opening(stage: StageFolder, config: StageConfig, attempt: int, num_ranks: int) -> str:
+def _opening(stage: StageFolder, work: Work, attempt: int, num_ranks: int) -> str:
     """The line that opens an attempt."""
-    parts = ", ".join(part.name for part in config.train.trainable)
+    if not isinstance(work, StageConfig):
+        return f"{stage.name}: attempt {attempt}, {work.node.name}"
+    parts = ", ".join(part.name for part in work.train.trainable)
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
-    return f"{stage.name}: attempt {attempt}, {config.train.steps} steps on {ranks}, trains {parts}"
+    return f"{stage.name}: attempt {attempt}, {work.train.steps} steps on {ranks}, trains {parts}"
 
 
-def _short(receipt: Receipt) -> str:
-    assert receipt.checkpoint is not None
-    return f"{receipt.checkpoint.path} ({receipt.checkpoint.digest[:12]})"
+def _at_step(receipt: Receipt) -> str:
+    """Where a stage ended, for a line about it; nothing for a node, which takes no steps."""
+    return f", at step {receipt.step}" if receipt.kind == TRAIN else ""
+
+
+def _left(receipt: Receipt) -> str:
+    """What a stage or node has left, for a line about it."""
+    if receipt.checkpoint is not None:
+        return f", checkpoint {receipt.checkpoint.path} ({receipt.checkpoint.digest[:12]})"
+    return f", {', '.join(receipt.outputs)}" if receipt.outputs else ""
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from typing import Any
 from launch import exit_codes
 from launch.checkpoint_commands import add_commands as add_checkpoint_commands
 from launch.data_arguments import add_data_commands
+from launch.infer_arguments import add_commands as add_infer_commands
 
-_WORKERS = ("train", "check-rank", "doctor-rank", "supervise", "job-begin", "job-end")
+_WORKERS = ("train", "node", "check-rank", "doctor-rank", "supervise", "job-begin", "job-end")
 _RUN = "a run folder, such as runs/demo"
 _FILE = "a stage file, such as stages/laptop/stage0.yaml"
 
@@ -128,6 +129,17 @@ def _add_run_commands(commands: Any) -> None:
         "--scripts", action="store_true", help="print the job script of every stage too"
     )
     plan.add_argument("--out", metavar="DIR", help="write the job scripts into a folder")
+    plan.add_argument(
+        "--diff", metavar="RUN", help="list what submitting this would change about a run"
+    )
+    plan.add_argument(
+        "--build-rank", type=int, metavar="R",
+        help="build this rank of each stage's layout without its weights (with torch): exact bytes",
+    )  # fmt: skip
+    plan.add_argument(
+        "--format", choices=("table", "nemo-run"), default="table",
+        help="nemo-run: print the chain as a Python file for NVIDIA's nemo-run",
+    )  # fmt: skip
 
     submit = _command(
         commands, "submit", "launch.submit:submit", "Run the stages of a recipe in order.",
@@ -140,6 +152,11 @@ def _add_run_commands(commands: Any) -> None:
     submit.add_argument(
         "--follow", action="store_true",
         help="show progress; on this machine run in the foreground",
+    )  # fmt: skip
+
+    submit.add_argument(
+        "--rehearse", action="store_true",
+        help="on a cluster: the same graph at the laptop's sizes, a few steps on two nodes",
     )  # fmt: skip
 
     resume = _command(
@@ -159,6 +176,17 @@ def _add_run_commands(commands: Any) -> None:
         "--now", action="store_true", help="on a cluster: end running jobs without waiting"
     )
 
+    gate = commands.add_parser("gate", help="Decide about a chain that a gate holds.")
+    inside = gate.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
+    override = _command(
+        inside, "override", "launch.gates:main", "Go on behind a gate that holds, on record.",
+        "mvl gate override runs/demo code_stage3 --reason 'the suite was too small'",
+    )  # fmt: skip
+    override.add_argument("run", metavar="RUN", help=_RUN)
+    override.add_argument("stage", metavar="STAGE", help="the stage or node whose gate holds")
+    override.add_argument("--reason", required=True, metavar="TEXT", help="why; goes on record")
+    override.add_argument("--follow", action="store_true", help="show progress, as for submit")
+
     train = _command(
         commands, "train", "launch.train:main", "Train one stage as one rank; `submit` calls this.",
         "mvl train runs/demo/stages/01_stage0/config.yaml --run runs/demo",
@@ -166,6 +194,13 @@ def _add_run_commands(commands: Any) -> None:
     train.add_argument("config", metavar="FILE", help="a resolved stage of a run folder")
     train.add_argument("--run", required=True, metavar="DIR", help=_RUN)
     _override_arguments(train)
+
+    node = _command(
+        commands, "node", "launch.nodes.main:main", "Do what one node says; `submit` calls this.",
+        "mvl node release --run runs/demo", hidden=True,
+    )  # fmt: skip
+    node.add_argument("stage", metavar="NODE", help="a node of the run, such as release")
+    node.add_argument("--run", required=True, metavar="DIR", help=_RUN)
 
     supervise = _command(
         commands, "supervise", "launch.chain:supervise_detached",
@@ -185,6 +220,13 @@ def _add_run_commands(commands: Any) -> None:
         commands, "doctor", "launch.doctor:main", "Say what this machine has and lacks.",
         "mvl doctor --quick",
     )  # fmt: skip
+    doctor.add_argument(
+        "--job", metavar="DIR", help="as a process of a job: write what is found on this node"
+    )
+    doctor.add_argument("--gpus", type=int, default=0, help="with --job: GPUs to expect")
+    doctor.add_argument("--least-disk-gb", type=float, default=0.0, help="with --job: space")
+    doctor.add_argument("--all-reduce", action="store_true", help="with --job: measure it")
+    doctor.add_argument("--least-gb-s", type=float, default=0.0, help="with --job: its bound")
     doctor.add_argument("--quick", action="store_true", help="leave out the all-reduce")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     _command(
@@ -208,6 +250,7 @@ def _add_job_commands(commands: Any) -> None:
     end.add_argument("attempt", metavar="N", type=int, help="the attempt")
     end.add_argument("--warned", default="", help="not empty when the time limit's warning came")
     end.add_argument("--asked", default="", help="not empty when the job was asked to stop")
+    end.add_argument("--hung", default="", help="not empty when ranks did not heed the warning")
     end.add_argument("--slurm", default="", help="what `scontrol show job` says")
 
 
@@ -243,6 +286,10 @@ def _add_watch_commands(commands: Any) -> None:
         help="a run folder, or a folder of runs; default: runs",
     )  # fmt: skip
     status.add_argument("--json", action="store_true", help="print one JSON value")
+    status.add_argument(
+        "--watch", nargs="?", type=float, const=2.0, metavar="S",
+        help="look again every S seconds until nothing runs; default: 2",
+    )  # fmt: skip
 
     logs = _command(
         commands, "logs", "launch.logs:main", "Print what a stage printed.",
@@ -285,11 +332,20 @@ def _add_config_commands(commands: Any) -> None:
     )  # fmt: skip
     diff.add_argument("a", metavar="A", help=_FILE)
     diff.add_argument("b", metavar="B", help="the stage file to compare it with")
+    diff.add_argument(
+        "--but-sizes", action="store_true", help="leave out what a recipe's size may change"
+    )
+    diff.add_argument("--json", action="store_true", help="print one JSON list")
     schema = _command(
         inside, "schema", "launch.config_commands:schema", "List every key a stage file may hold.",
         "mvl config schema",
     )  # fmt: skip
-    schema.add_argument("--site", action="store_true", help="those of a site file instead")
+    other = schema.add_mutually_exclusive_group()
+    other.add_argument("--site", action="store_true", help="those of a site file instead")
+    schema.add_argument("--json", action="store_true", help="as a JSON schema, for editors")
+    other.add_argument(
+        "--node", choices=("assemble", "evaluate", "release"), help="those of a node's file instead"
+    )
 
 
 def _add_model_commands(commands: Any) -> None:
@@ -297,22 +353,7 @@ def _add_model_commands(commands: Any) -> None:
     inside = data.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
     add_data_commands(inside, _command, _override_arguments)
 
-    generate = _command(
-        commands, "generate", "megatron_vl.infer.generate:main", "Ask a trained model.",
-        "mvl generate runs/demo --prompt 'What is this?' --image picture.png --reasoning off",
-    )  # fmt: skip
-    generate.add_argument("checkpoint", metavar="CKPT_OR_RUN", help="a checkpoint or a run folder")
-    asked = generate.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", metavar="P", help="what to ask")
-    asked.add_argument("--held-out", metavar="SOURCE", help="ask held-out samples of this source")
-    generate.add_argument("--image", metavar="F", help="a picture the prompt is about")
-    generate.add_argument(
-        "--reasoning", choices=("on", "off"), default="off", help="think first; default: off"
-    )
-    generate.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="longest answer; default: 128"
-    )
-    generate.add_argument("--count", type=int, default=4, metavar="N", help="samples of --held-out")
+    add_infer_commands(commands, _command)
 
 
 def _add_checkpoint_commands(commands: Any) -> None:

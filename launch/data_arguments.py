@@ -152,6 +152,18 @@ def _add_looks(inside: Any, command: Command, overrides: Callable[[Any], None]) 
     ledger.add_argument("stage", metavar="STAGE", help="a stage, such as stage1")
     ledger.add_argument("--step", type=int, metavar="N", help="this step alone; default: all")
 
+    show = command(
+        inside, "show", "launch.ledger:show",
+        "Render the packs of one step as a page, to see what a spike was.",
+        "mvl data show runs/demo stage1 --step 17 --out step.html",
+    )  # fmt: skip
+    show.add_argument("run", metavar="RUN", help="a run folder, such as runs/demo")
+    show.add_argument(
+        "stage", metavar="STAGE", nargs="?", help="a stage; default: the last that has trained"
+    )
+    show.add_argument("--step", type=int, required=True, metavar="N", help="a step of it, from 1")
+    show.add_argument("--out", default="step.html", metavar="FILE", help="default: step.html")
+
 
 def _workers(parser: Any, doing: str = "") -> None:
     parser.add_argument(

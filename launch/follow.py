@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 
 from launch.summary import duration
 from megatron_vl.run.folder import RunFolder, StageFolder
-from megatron_vl.run.metrics import is_step
+from megatron_vl.run.metrics import OWN_SET, is_step
 from megatron_vl.run.receipt import Receipt
 
 _POLL_SECONDS = 0.25
@@ -94,7 +94,7 @@ class Feed:
                 self._said = text
         lines = [json.loads(line) for line in self._metrics.lines()]
         for line in lines:
-            if "eval" in line:
+            if line.get("eval") == OWN_SET:
                 self.held_out = line
             elif is_step(line):
                 self.last = line
@@ -117,7 +117,7 @@ class Feed:
     def doing(self) -> str:
         """What is going on when there is no news."""
         if self.last is None:
-            return self._said or "starting: its ranks load their packages"
+            return self._said or "starting: loading its packages"
         if self.last["step"] >= self.steps:
             return "all steps done; evaluates, saves and ends"
         return f"works on step {self.last['step'] + 1}/{self.steps}"
@@ -204,7 +204,7 @@ class PlainWatcher(_Base):
             self.say(f"{stage.name}: {text}")
         total = self.steps[stage.name]
         for line in lines:
-            if "eval" in line:
+            if line.get("eval") == OWN_SET:
                 self.say(f"{stage.name}: {held_out_text(line, total)}")
             elif is_step(line) and (line["step"] == total or time.monotonic() >= self._next_step):
                 self._next_step = time.monotonic() + self._seconds

@@ -22,7 +22,9 @@ from pathlib import Path
 from types import TracebackType
 
 from launch import exit_codes
+from launch.nodes import node_command
 from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_node import Work
 from megatron_vl.run.folder import RunFolder, StageFolder
 
 GRACE_SECONDS = 30.0
@@ -53,17 +55,20 @@ class RankResult:
     a signal ended."""
 
 
-CommandBuilder = Callable[[RunFolder, StageFolder, StageConfig, int], list[RankCommand]]
+CommandBuilder = Callable[[RunFolder, StageFolder, Work, int], list[RankCommand]]
 
 
 def rank_commands(
-    run: RunFolder, stage: StageFolder, config: StageConfig, attempt: int
+    run: RunFolder, stage: StageFolder, work: Work, attempt: int
 ) -> list[RankCommand]:
-    """The commands of one attempt: `mvl train CONFIG --run RUN` for every rank."""
-    ranks = config.parallel.ranks
-    argv = [sys.executable, "-m", "launch.cli", "train", str(stage.config_path)]
-    argv += ["--run", str(run.path)]
-    shared = rank_environment(ranks, config.train.threads) | {"MVL_ATTEMPT": str(attempt)}
+    """The commands of one attempt: `mvl train CONFIG --run RUN` for every rank, or the node's."""
+    if isinstance(work, StageConfig):
+        ranks, threads = work.parallel.ranks, work.train.threads
+        argv = [sys.executable, "-m", "launch.cli", "train", str(stage.config_path)]
+        argv += ["--run", str(run.path)]
+    else:
+        ranks, threads, argv = 1, 0, node_command(run.path, stage.name)
+    shared = rank_environment(ranks, threads) | {"MVL_ATTEMPT": str(attempt)}
     folder = stage.attempt_path(attempt)
     return [
         RankCommand(

@@ -26,6 +26,7 @@ _ECHOES = (
 _FRAME = re.compile(r'  File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _RANK_MARK = re.compile(r"^\[rank\d+\]: ?")  # torch marks the traceback of a rank so
 _OTHERS = ("[", "frame #", "Exception raised from", "Traceback", "slurmstepd", "srun: ")
+_CLEAN = re.compile(r"^mvl (?:train|node): ")
 _WARNING = re.compile(r":\d+: \w*Warning: ")
 _OURS = re.compile(r"(?:^|/)((?:megatron_vl|launch)/.+)$")
 
@@ -78,9 +79,8 @@ def last_exception(log: Path) -> str:
     lines = _read_lines(log)
     starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent")]
     if not starts:
-        clean = [i for i, line in enumerate(lines) if line.startswith("mvl train: ")]
-        text = _message(lines[clean[-1] :]) if clean else ""
-        return text.removeprefix("mvl train: ")
+        clean = [i for i, line in enumerate(lines) if _CLEAN.match(line)]
+        return _CLEAN.sub("", _message(lines[clean[-1] :])) if clean else ""
     block, place = lines[starts[-1] + 1 :], ""
     for index, line in enumerate(block):
         frame = _FRAME.match(line)

@@ -17,8 +17,11 @@ from typing import Any
 import jinja2
 
 from launch import exit_codes
+from launch.accounting import hour_rows, print_hours, stage_hours
 from launch.charts import Chart, Panel, Point, Series, smooth
+from launch.held_out import held_out_tables
 from launch.plan import short_count
+from launch.report_gates import gate_tables, releases
 from launch.status import StageStatus, overall, run_status
 from launch.summary import duration, first_to_last
 from megatron_vl.config.errors import ConfigError
@@ -28,7 +31,7 @@ from megatron_vl.cost.parameters import model_parameters
 from megatron_vl.run import atomic
 from megatron_vl.run.folder import RunFolder
 from megatron_vl.run.journal import wall_seconds
-from megatron_vl.run.metrics import eval_lines, read_metrics, step_lines
+from megatron_vl.run.metrics import eval_lines, read_metrics, set_lines, step_lines
 from megatron_vl.run.receipt import Receipt, now
 
 _SMALL = {"width": 500.0, "height": 190.0, "narrowest": 42.0}
@@ -53,18 +56,18 @@ class Curves:
     """Steps the stage is planned to take."""
     trained: list[dict[str, Any]]
     evaluated: list[dict[str, Any]]
+    """On the stage's own held-out set."""
+    sets: list[dict[str, Any]]
+    """On every stage's held-out set."""
 
     def points(self, key: str) -> list[Point]:
         """One measurement of every step that has it."""
         lines = self.trained
         return [(line["step"], float(line[key])) for line in lines if line.get(key) is not None]
 
-    def held_out(self) -> dict[str, list[Point]]:
-        """The held-out losses by the name of their set."""
-        found: dict[str, list[Point]] = {}
-        for line in self.evaluated:
-            found.setdefault(line["eval"], []).append((line["step"], float(line["loss"])))
-        return found
+    def held_out(self) -> list[Point]:
+        """The losses on the stage's own held-out set."""
+        return [(line["step"], float(line["loss"])) for line in self.evaluated]
 
 
 def main(args: Namespace) -> int:
@@ -72,6 +75,7 @@ def main(args: Namespace) -> int:
     run = RunFolder(args.run)
     path = run.path / "report.html"
     atomic.write_text(path, render(run))
+    print_hours(stage_hours(run))
     print(f"wrote {path}")
     return exit_codes.OK
 
@@ -105,6 +109,7 @@ def render(run: RunFolder) -> str:
             for stage in stages
         ],
         times=_times(receipts, spent),
+        hours=hour_rows(stage_hours(run)),
         receipts={
             name: json.dumps(asdict(receipt), indent=2, ensure_ascii=False)
             for name, receipt in receipts.items()
@@ -116,6 +121,9 @@ def render(run: RunFolder) -> str:
             for key, title in _MEASURES.items()
             if any(one.points(key) for one in curves)
         ],
+        held_out=held_out_tables({one.stage: one.sets for one in curves}),
+        gates=gate_tables(run),
+        releases=releases(run),
         answers=_answers(run),
         settings=_settings(configs),
     )
@@ -129,7 +137,8 @@ def _curves(run: RunFolder) -> list[Curves]:
         records = read_metrics(stage.metrics_path)
         if records:
             steps = max(totals[stage.name], records[-1]["step"])
-            found.append(Curves(stage.name, steps, step_lines(records), eval_lines(records)))
+            lines = (step_lines(records), eval_lines(records), set_lines(records))
+            found.append(Curves(stage.name, steps, *lines))
     return found
 
 
@@ -140,10 +149,7 @@ def _loss_chart(curves: list[Curves]) -> Chart:
         series = [
             Series("each step", "raw", points),
             Series("averaged", "smooth", smooth(points)),
-            *(
-                Series(f"held-out {name}", "eval", line, dots=True)
-                for name, line in one.held_out().items()
-            ),
+            Series("held-out", "eval", one.held_out(), dots=True),
         ]
         panels.append(Panel(one.stage, one.steps, series))
     return Chart("training and held-out loss by step of each stage", panels, height=340.0)
@@ -178,7 +184,7 @@ def _cells(stage: StageStatus, curves: list[Curves]) -> list[str]:
     losses = [own.trained, own.evaluated] if own else [[], []]
     return [
         str(stage.attempt or "-"),
-        f"{stage.step}/{stage.steps}",
+        f"{stage.step}/{stage.steps}" if stage.steps else stage.kind,
         *((first_to_last(lines) or "-").replace("->", "\N{RIGHTWARDS ARROW}") for lines in losses),
         "-" if stage.tokens_per_s is None else f"{stage.tokens_per_s:,.0f}",
     ]

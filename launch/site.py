@@ -143,6 +143,8 @@ def _numbers(site: SiteConfig) -> Iterator[str]:
         "nodes.tasks": (site.nodes.tasks, 1),
         "nodes.gpus": (site.nodes.gpus, 0),
         "nodes.most": (site.nodes.most, 0),
+        "doctor.least_gb_s": (site.doctor.least_gb_s, 0),
+        "doctor.least_disk_gb": (site.doctor.least_disk_gb, 0),
         **{f"time.{key}": (value, 1) for key, value in vars(site.time).items()},
         **{f"requeue.{k}": (v, 0) for k, v in vars(site.requeue).items() if k != "enabled"},
     }

@@ -61,6 +61,9 @@ class NodeSection:
     """Ranks on each node, one for each GPU. [ranks a node; sbatch]"""
     gpus: int = 8
     """GPUs asked for on each node; 0 asks for none (ranks on CPUs). [GPUs a node; sbatch]"""
+    gpu_gib: float = 0.0
+    """Memory of one GPU, which the plan holds the ranks' needs against; 0 leaves that out. [GiB;
+    plan]"""
     most: int = 0
     """Most nodes of one job; 0 sets no limit. [nodes; plan]"""
 
@@ -136,6 +139,22 @@ class EnvironmentSection:
 
 
 @dataclass
+class DoctorSection:
+    """What a job looks at on its nodes before its ranks start (`mvl doctor --job`). A sick node is
+    named in the journal, and the job starts again without it."""
+
+    enabled: bool = True
+    """Look at the nodes. [bool; job]"""
+    all_reduce: bool = True
+    """Measure an all-reduce over all places of the job too, which loads torch on each. [bool;
+    job]"""
+    least_gb_s: float = 0.0
+    """Slowest all-reduce to start on: the bytes of a tensor of 64 MB a second. [GB/s; job]"""
+    least_disk_gb: float = 5.0
+    """Least space on the disk of the run folder to start with. [GB; job]"""
+
+
+@dataclass
 class SiteConfig:
     """One site, as `site.load_site` returns it."""
 
@@ -155,6 +174,8 @@ class SiteConfig:
     """The container. [section; srun]"""
     environment: EnvironmentSection = field(default_factory=EnvironmentSection)
     """The environment. [section; job]"""
+    doctor: DoctorSection = field(default_factory=DoctorSection)
+    """The look at the nodes. [section; job]"""
     tokens_per_s: dict[str, float] = field(default_factory=dict)
     """Tokens a second of one GPU in each stage, for the plan's hours; `default` is for stages that
     are not named, and without either the plan leaves hours out. [tokens/s/GPU by stage; plan]"""

@@ -6,6 +6,7 @@ the config loader, and answers in under half a second on a login node.
 
 import json
 import shlex
+import sys
 import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,7 @@ from megatron_vl.run.metrics import eval_lines, read_metrics, step_lines
 
 if TYPE_CHECKING:
     from launch.slurm.watch import JobView
+    from megatron_vl.run.receipt import Receipt
 
 _RECENT_STEPS = 20
 
@@ -32,13 +34,16 @@ class StageStatus:
     stage: str
     status: str
     """A receipt's status, or waiting, queued (its job waits), running, lost (started, no receipt,
-    nobody runs it), unknown (on a cluster whose queue cannot be asked here)."""
+    nobody runs it), not taken (a gate went another way), unknown (on a cluster whose queue cannot
+    be asked here)."""
     attempt: int
     step: int
     steps: int
     loss: float | None
     eval_loss: float | None
     tokens_per_s: float | None
+    mfu: float | None
+    """Model FLOP utilisation of the last step; None where the stage declares no peak."""
     age_seconds: float | None
     """Since the receipt, or since the last measurement of a running stage."""
     eta_seconds: float | None
@@ -47,22 +52,62 @@ class StageStatus:
     """Why it ended so, or why it waits."""
     job: str | None = None
     """Its latest job on a cluster."""
+    kind: str = "train"
+    """`train`, or what the node does."""
+    after: tuple[str, ...] = ()
+    """What it waits for."""
+    gate: str = ""
+    """Its gate's verdict: passed, holds, overridden, branched, or failed where it only records."""
 
 
 def run_status(run: RunFolder) -> list[StageStatus]:
     """The stages of a run in order; skipped ones are left out. Raises RunError, ReceiptError."""
     plan = run.plan()
     totals = {entry["name"]: entry["steps"] for entry in plan["stages"]}
+    stages = run.stages()
     if plan.get("launcher") == "slurm":
         from launch.slurm.watch import views
 
         seen = views(run)
-        return [
+        found = [
             _stage_status(stage, totals[stage.name], *_on_cluster(run, stage, seen))
-            for stage in run.stages()
+            for stage in stages
         ]
-    word = "running" if holder(run) is not None else "lost"
-    return [_stage_status(stage, totals[stage.name], word) for stage in run.stages()]
+    else:
+        word = "running" if holder(run) is not None else "lost"
+        found = [_stage_status(stage, totals[stage.name], word) for stage in stages]
+    return _in_graph(run, found)
+
+
+def _in_graph(run: RunFolder, found: list[StageStatus]) -> list[StageStatus]:
+    """The same with what only the graph tells: what a stage waits for, and ways not taken."""
+    graph = run.graph()
+    kinds = {entry["name"]: entry.get("kind", "train") for entry in run.plan()["stages"]}
+    held: set[str] = set()
+    closed: dict[str, str] = {}
+    placed = []
+    for stage in found:
+        parents = graph.parents[stage.stage]
+        held |= {stage.stage} if stage.gate == "holds" else set()
+        shut = next((closed[p] for p in parents if p in closed), _closed_by(run, stage.stage))
+        if shut and stage.status in ("waiting", "queued", "lost"):
+            closed[stage.stage] = shut
+            stage = replace(stage, status="not taken", reason=shut)
+        behind = [parent for parent in parents if parent in held]
+        if behind and stage.status in ("waiting", "queued"):
+            held.add(stage.stage)
+            stage = replace(stage, reason=f"waits for {', '.join(behind)}, which a gate holds")
+        placed.append(replace(stage, kind=kinds[stage.stage], after=parents))
+    return placed
+
+
+def _closed_by(run: RunFolder, name: str) -> str:
+    """The verdict right before a stage that has closed the way to it; empty without one."""
+    for parent in run.graph().parents[name]:
+        receipt = run.stage(parent).receipt()
+        if receipt is not None and name in receipt.gate.get("closed", []):
+            return f"the gate of {parent} has gone on to {', '.join(receipt.gate['open'])}"
+    return ""
 
 
 def _on_cluster(
@@ -86,12 +131,37 @@ def overall(stages: list[StageStatus]) -> str:
     `partial` when some stages are done and nothing has gone wrong: nobody has asked for the others,
     or a supervisor is about to start the next.
     """
-    word = next((stage.status for stage in stages if stage.status != "done"), "done")
+    ended = ("done", "not taken")
+    word = next((stage.status for stage in stages if stage.status not in ended), "done")
     return "partial" if word == "waiting" and stages[0].status == "done" else word
 
 
 def main(args: Namespace) -> int:
-    """Print the table of one run, or of all runs of a folder."""
+    """Print the table of one run, or of all runs of a folder; with --watch again and again."""
+    if args.watch is None:
+        return _show(args)
+    if args.watch <= 0:
+        raise RunError(f"--watch {args.watch:g}: seconds between two looks, must be above 0")
+    while True:
+        if sys.stdout.isatty():
+            print("\033[H\033[2J", end="")
+        code = _show(args)
+        sys.stdout.flush()
+        if not _goes_on(RunFolder(args.run)):
+            return code
+        time.sleep(args.watch)
+
+
+def _goes_on(run: RunFolder) -> bool:
+    """Whether there will be news: a run under way, or a folder of runs, which is always watched."""
+    if not run.exists():
+        return True
+    return any(stage.status in ("running", "queued") for stage in run_status(run)) or (
+        holder(run) is not None
+    )
+
+
+def _show(args: Namespace) -> int:
     folder = Path(args.run)
     run = RunFolder(folder)
     if run.exists():
@@ -154,29 +224,49 @@ def _stage_status(
         loss=last.get("loss"),
         eval_loss=evaluated[-1]["loss"] if evaluated else None,
         tokens_per_s=last.get("tokens_per_s"),
+        mfu=last.get("mfu"),
         age_seconds=None if age is None else round(max(0.0, age), 1),
         eta_seconds=eta,
         reason=reason,
         job=view.job if view else None,
+        gate=gate_word(receipt),
     )
 
 
+def gate_word(receipt: "Receipt | None") -> str:
+    """The verdict of a gate in a word."""
+    gate = receipt.gate if receipt is not None else {}
+    if not gate:
+        return ""
+    if "override" in gate:
+        return "overridden"
+    words = {"hold": "holds", "branch": "branched", "continue": "failed"}
+    return "passed" if gate["passed"] else words[gate["decision"]]
+
+
 def _print_run(run: RunFolder, stages: list[StageStatus]) -> None:
-    names = ("stage", "status", "attempt", "step", "loss", "held-out", "tokens/s", "age", "left")
+    names = ["stage", "status", "attempt", "step", "loss", "held-out", "tokens/s", "MFU", "age"]
     rows = [
-        (
+        [
             stage.stage,
             stage.status,
             str(stage.attempt or ""),
-            f"{stage.step}/{stage.steps}",
+            f"{stage.step}/{stage.steps}" if stage.steps else stage.kind,
             _number(stage.loss, ".4f"),
             _number(stage.eval_loss, ".4f"),
             _number(stage.tokens_per_s, ",.0f"),
+            _number(stage.mfu, ".1%"),
             _age(stage.age_seconds),
             _age(stage.eta_seconds),
-        )
+            stage.gate,
+        ]
         for stage in stages
     ]
+    names += ["left", "gate"]
+    for column in (10, 7):  # columns that say nothing about this run
+        if not any(row[column] for row in rows):
+            names.pop(column)
+            rows = [row[:column] + row[column + 1 :] for row in rows]
     print_table(f"{run.path}: {overall(stages)}", names, rows, left=2, styles=STATUS_STYLES)
     for stage in stages:
         if stage.status not in ("done", "lost") and stage.reason:
@@ -185,9 +275,15 @@ def _print_run(run: RunFolder, stages: list[StageStatus]) -> None:
             gone = "nothing runs it any more"
             print(f"{stage.stage}: {stage.reason or gone}")
     words = {stage.status for stage in stages}
+    for stage in stages:
+        if stage.gate == "holds":
+            asked = ["mvl", "gate", "override", str(run.path), stage.stage, "--reason", "WHY"]
+            print(f"to go on behind the gate of {stage.stage}, on record: {shlex.join(asked)}")
     if "unknown" in words:
         print("Slurm cannot be asked here; what its queue holds is not shown")
-    elif words != {"done"} and not words & {"running", "queued"} and holder(run) is None:
+        return
+    idle = not words & {"running", "queued"} and holder(run) is None
+    if words - {"done", "not taken"} and idle and "holds" not in {stage.gate for stage in stages}:
         print(f"nothing is running; to go on: {_way_on(run, stages)}")
 
 
@@ -195,7 +291,7 @@ def _way_on(run: RunFolder, stages: list[StageStatus]) -> str:
     """The command that goes on: with what was asked for, or where that is done, with the rest."""
     plan = run.plan()
     asked = [stage for stage in stages if stage.stage in plan["selected"]]
-    if any(stage.status != "done" for stage in asked):
+    if any(stage.status not in ("done", "not taken") for stage in asked):
         return shlex.join(["mvl", "resume", str(run.path)])
     site = ["--site", plan["site"]] if plan["site"] != "local" else []
     words = ["mvl", "submit", plan["recipe"], "--run", str(run.path), *site, *plan["overrides"]]

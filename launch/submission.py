@@ -10,72 +10,41 @@ Refuses: a run made from other stages; a changed configuration of a stage that i
 import functools
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from launch.graph import Selection, folder_names, num_ranks, num_steps, select, takes
 from launch.lock import LOCK_NAME
 from launch.site import load_site, site_path
 from megatron_vl.config.errors import ConfigError
-from megatron_vl.config.load import (
-    config_hash,
-    differences,
-    flatten,
-    load_recipe,
-    load_stage,
-    to_yaml,
-)
+from megatron_vl.config.load import config_hash, differences, flatten, to_yaml
+from megatron_vl.config.recipe import Entry, Recipe, load_graph, load_work
 from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_node import AssembleNode, Work
 from megatron_vl.run import atomic
 from megatron_vl.run.folder import RunError, RunFolder, StageFolder
-from megatron_vl.run.receipt import now
+from megatron_vl.run.receipt import RERUN, now
 
+_ORIGIN = "origin.json"
+"""What `mvl checkpoint import` and `assemble` leave in a stage they make (checkpoint_tools.lineage,
+which a login node cannot import)."""
 SITE_FILE = "site.yaml"
 """The site's file as it was when the run was submitted, in the run folder."""
-Stages = list[tuple[str, Path, StageConfig]]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which stages of a recipe are run; None is no bound."""
-
-    first: str | None = None
-    last: str | None = None
-    skip: tuple[str, ...] = ()
-
-
-def select(names: Sequence[str], selection: Selection) -> list[str]:
-    """The selected names, in order. Raises ConfigError for a name the recipe lacks or for none."""
-    for option, name in [
-        ("--from", selection.first),
-        ("--until", selection.last),
-        *(("--skip", name) for name in selection.skip),
-    ]:
-        if name is not None and name not in names:
-            raise ConfigError(f"{option} {name}: no such stage; there are {', '.join(names)}")
-    start = names.index(selection.first) if selection.first else 0
-    end = names.index(selection.last) + 1 if selection.last else len(names)
-    chosen = [name for name in names[start:end] if name not in selection.skip]
-    if not chosen:
-        raise ConfigError(
-            f"--from {selection.first}, --until {selection.last} and --skip "
-            f"{' '.join(selection.skip)} leave no stage; there are {', '.join(names)}"
-        )
-    return chosen
 
 
 def open_recipe(
     path: Path, selection: Selection, overrides: Sequence[str]
-) -> tuple[Path, Stages, Selection]:
+) -> tuple[Path, Recipe, Selection]:
     """Load a recipe folder; a stage file selects itself from the folder it lies in."""
     if path.is_file():
         if selection != Selection():
             raise ConfigError(f"{path} is one stage; --from, --until and --skip need a folder")
         selection = Selection(path.stem, path.stem)
         path = path.parent
-    return path, load_recipe(path, overrides), selection
+    return path, load_graph(path, overrides), selection
 
 
 def run_folder(text: str) -> RunFolder:
@@ -87,12 +56,20 @@ def run_folder(text: str) -> RunFolder:
         raise RunError(f"--run {path}: is a file; name a folder, such as {path.parent / 'run'}")
     run = RunFolder(path)
     files = {file.name for file in path.iterdir()} if path.is_dir() else set()
-    if not run.exists() and files - {LOCK_NAME}:
+    if not run.exists() and files - {LOCK_NAME} and not _holds_imports_alone(path):
         raise RunError(
             f"--run {path}: holds other files (such as {min(files)}) and no run; name a new "
             f"folder, such as {path / 'run'}"
         )
     return run
+
+
+def _holds_imports_alone(path: Path) -> bool:
+    """Whether a folder holds stages that `mvl checkpoint` made of others' weights, and no more."""
+    if {file.name for file in path.iterdir()} - {LOCK_NAME} != {"stages"}:
+        return False
+    stages = list((path / "stages").iterdir())
+    return bool(stages) and all((stage / _ORIGIN).is_file() for stage in stages)
 
 
 def check_data(recipe: str, configs: Sequence[StageConfig]) -> None:
@@ -135,13 +112,13 @@ def prepare(
     Raises ConfigError for a recipe or selection that cannot be run, RunError for a run folder that
     holds something else.
     """
-    folder, stages, selection = open_recipe(recipe, selection, overrides)
-    selected = select([name for name, _, _ in stages], selection)
-    plan = _plan(run, folder, stages, selected, selection, site, overrides)
+    folder, graph, selection = open_recipe(recipe, selection, overrides)
+    selected = select(graph.graph, selection)
+    plan = make_plan(run, folder, graph, selected, selection, site, overrides)
     site_text = site_path(site).read_text(encoding="utf-8")
     if run.exists():
         _refuse_other_recipe(run, plan)
-    configs = {name: config for name, _, config in stages}
+    configs = {entry.name: entry.config for entry in graph.entries}
     folders = {
         entry["name"]: StageFolder(run.path / "stages" / entry["folder"], entry["name"])
         for entry in plan["stages"]
@@ -157,52 +134,65 @@ def prepare(
     run.create(plan)
     atomic.write_text(run.path / SITE_FILE, site_text)
     for name in selected:
-        atomic.write_text(folders[name].config_path, to_yaml(configs[name]))
+        _write_work(folders[name], configs[name], graph)
     run.journal.append("planned", recipe=str(folder), stages=selected, overrides=list(overrides))
     return selected
 
 
-def changed_stages(run: RunFolder, stages: Stages) -> list[str]:
+def changed_stages(run: RunFolder, recipe: Recipe) -> list[str]:
     """The stages of a run that another configuration is about to replace."""
     if not run.exists():
         return []
     before = {stage.name: stage for stage in run.stages()}
     return [
-        name
-        for name, _, config in stages
-        if name in before
-        and before[name].config_path.is_file()
-        and load_stage(before[name].config_path) != config
+        entry.name
+        for entry in recipe.entries
+        if entry.name in before
+        and before[entry.name].work_path.is_file()
+        and config_hash(load_work(before[entry.name].work_path)) != config_hash(entry.config)
     ]
 
 
-def folder_name(index: int, name: str) -> str:
-    """The name of a stage's folder: its place in the recipe, then its name."""
-    return f"{index:02d}_{name}"
+def _write_work(stage: StageFolder, work: Work, recipe: Recipe) -> None:
+    """Write what a stage or node does, and for an assembly the stage its weights stand for."""
+    if isinstance(work, StageConfig):
+        atomic.write_text(stage.config_path, to_yaml(work))
+        return
+    atomic.write_text(stage.node_path, to_yaml(work))
+    if isinstance(work, AssembleNode):
+        like = recipe[work.like].config
+        assert isinstance(like, StageConfig)
+        atomic.write_text(stage.config_path, to_yaml(replace(like, name=work.name, after="")))
 
 
-def _plan(
+def make_plan(
     run: RunFolder,
     folder: Path,
-    stages: Stages,
+    recipe: Recipe,
     selected: list[str],
     selection: Selection,
     site: str,
     overrides: Sequence[str],
 ) -> dict[str, Any]:
+    """What `plan.yaml` holds: every stage and node with what it waits for, and what is asked."""
     earlier = run.plan()["stages"] if run.exists() else []
     skipped = {entry["name"] for entry in earlier if entry["skipped"]}
+    folders = folder_names(recipe)
     entries = [
         {
-            "name": name,
-            "folder": folder_name(index, name),
-            "source": str(path),
-            "config_hash": config_hash(config),
-            "steps": config.train.steps,
-            "ranks": config.parallel.ranks,
-            "skipped": name in selection.skip or (name in skipped and name not in selected),
+            "name": entry.name,
+            "kind": entry.kind,
+            "folder": folders[entry.name],
+            "source": str(entry.path),
+            "after": list(recipe.graph.parents[entry.name]),
+            **_takes(recipe, entry),
+            "config_hash": config_hash(entry.config),
+            "steps": num_steps(entry.config),
+            "ranks": num_ranks(entry.config),
+            "skipped": entry.name in selection.skip
+            or (entry.name in skipped and entry.name not in selected),
         }
-        for index, (name, path, config) in enumerate(stages)
+        for entry in recipe.entries
     ]
     return {
         "schema": 1,
@@ -218,7 +208,12 @@ def _plan(
     }
 
 
-def unwritable(config: StageConfig) -> list[str]:
+def _takes(recipe: Recipe, entry: Entry) -> dict[str, dict[str, str]]:
+    taken = takes(recipe, entry.name)
+    return {"takes": taken} if taken else {}
+
+
+def unwritable(config: Work) -> list[str]:
     """The values that a file would not give back as they are (YAML folds some line ends)."""
     again = yaml.safe_load(to_yaml(config))
     return [
@@ -246,12 +241,14 @@ def _refuse_other_recipe(run: RunFolder, plan: dict[str, Any]) -> None:
         )
 
 
-def _changed_when_done(run: RunFolder, stage: StageFolder, config: StageConfig) -> str | None:
+def _changed_when_done(run: RunFolder, stage: StageFolder, config: Work) -> str | None:
     """What is wrong with running `config` where a done stage lies, if anything is."""
     receipt = stage.receipt()
-    if receipt is None or not receipt.done or receipt.config_hash == config_hash(config):
+    if receipt is None or receipt.config_hash == config_hash(config):
         return None
-    changed = differences(load_stage(stage.config_path), config)
+    if not receipt.done or receipt.kind in RERUN:
+        return None
+    changed = differences(load_work(stage.work_path), config)
     listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
     return (
         f"{stage.name} of {run.path} is done with another configuration ({listed}). Choose another "

@@ -9,7 +9,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from launch import chain, exit_codes
+from launch.graph import Selection, select, stages_of
 from launch.lock import RunLock
+from launch.rehearsal import write_rehearsal
 from launch.site import load_site
 from launch.site_schema import Launcher, SiteConfig
 from launch.slurm import chain as jobs
@@ -17,16 +19,14 @@ from launch.slurm import watch
 from launch.slurm.forecast import plan_jobs
 from launch.submission import (
     SITE_FILE,
-    Selection,
-    Stages,
     changed_stages,
     check_data,
     open_recipe,
     prepare,
     run_folder,
-    select,
 )
 from megatron_vl.config.errors import ConfigError
+from megatron_vl.config.recipe import Recipe, load_graph
 from megatron_vl.run.folder import RunFolder
 
 
@@ -35,19 +35,33 @@ def submit(args: Namespace) -> int:
     run = run_folder(args.run)
     site = load_site(args.site)
     selection = Selection(args.first, args.last, tuple(args.skip))
-    _, stages, narrowed = open_recipe(Path(args.recipe), selection, args.overrides)
-    names = select([name for name, _, _ in stages], narrowed)
-    chosen = [stage for stage in stages if stage[0] in names]
-    check_data(args.recipe, [config for _, _, config in chosen])
+    folder = Path(args.recipe)
+    if args.rehearse:
+        folder = _rehearsal(folder, run, site)
+    _, recipe, narrowed = open_recipe(folder, selection, args.overrides)
+    names = select(recipe.graph, narrowed)
+    check_data(str(folder), stages_of(recipe, names))
     if site.launcher is Launcher.slurm:
-        _refuse_on_slurm(run, stages, names, site)
+        _refuse_on_slurm(run, recipe, names, site)
     lock = RunLock.take(run)
-    selected = prepare(Path(args.recipe), run, selection, args.site, args.overrides)
-    print(f"{run.path}: {len(selected)} of {len(stages)} stages: {', '.join(selected)}", flush=True)
+    selected = prepare(folder, run, selection, args.site, args.overrides)
+    print(
+        f"{run.path}: {len(selected)} of {len(recipe.entries)} stages: {', '.join(selected)}",
+        flush=True,
+    )
     if site.launcher is Launcher.slurm:
         return _send(run, selected, lock, follow=args.follow)
     run.journal.append("submitted", stages=selected, site=args.site, follow=args.follow)
     return chain.start(run, site.grace_seconds, lock, follow=args.follow)
+
+
+def _rehearsal(folder: Path, run: RunFolder, site: SiteConfig) -> Path:
+    """The recipe to rehearse with instead of a large one. Raises ConfigError."""
+    if site.launcher is Launcher.local:
+        raise ConfigError("--rehearse tries a cluster; name yours with --site")
+    if not folder.is_dir():
+        raise ConfigError(f"--rehearse takes a recipe folder, and {folder} is none")
+    return write_rehearsal(load_graph(folder), run, site)
 
 
 def resume(args: Namespace) -> int:
@@ -58,8 +72,8 @@ def resume(args: Namespace) -> int:
     selected: list[str] = plan["selected"]
     if args.first is not None:
         first = run.stage(args.first).name
-        names = [stage.name for stage in run.stages()]
-        selected = names[names.index(first) :]
+        graph = run.graph()
+        selected = [name for name in graph.names if name in (first, *graph.descendants(first))]
     lock = RunLock.take(run)
     if selected != plan["selected"]:
         run.create(plan | {"selected": selected})
@@ -79,11 +93,11 @@ def cancel(args: Namespace) -> int:
     return chain.stop(run)
 
 
-def _refuse_on_slurm(run: RunFolder, stages: Stages, names: list[str], site: SiteConfig) -> None:
+def _refuse_on_slurm(run: RunFolder, recipe: Recipe, names: list[str], site: SiteConfig) -> None:
     """What Slurm or a running job forbids."""
-    planned = plan_jobs(stages, site, run)
+    planned = plan_jobs(recipe, site, run)
     if run.exists():
-        jobs.refuse_running(run, changed_stages(run, stages))
+        jobs.refuse_running(run, changed_stages(run, recipe))
     else:
         jobs.preflight({job.stage: job.script for job in planned if job.stage in names})
 
@@ -96,6 +110,8 @@ def _send(run: RunFolder, selected: list[str], lock: RunLock, *, follow: bool) -
         lock.release()
     for name in sent.done:
         print(f"{name}: done before; not run again")
+    for name, why in sent.held.items():
+        print(f"{name}: no job: {why}")
     for name, job in sent.kept.items():
         print(f"{name}: in the queue already, job {job}")
     for name, job in sent.new.items():
@@ -104,4 +120,4 @@ def _send(run: RunFolder, selected: list[str], lock: RunLock, *, follow: bool) -
     if follow and (sent.new or sent.kept):
         return watch.follow(run, selected)
     print(f"watch: mvl status {quoted}    stop: mvl cancel {quoted}")
-    return exit_codes.OK
+    return exit_codes.OK if sent.new or sent.kept or not sent.held else exit_codes.HELD

@@ -46,5 +46,5 @@ def _row(stage: StageFolder, total: int) -> tuple[str, ...]:
     records = read_metrics(stage.metrics_path)
     status = receipt.status if receipt else "waiting"
     step = receipt.step if receipt else 0
-    steps = f"{step}/{total}"
+    steps = f"{step}/{total}" if total else ""
     return status, steps, first_to_last(step_lines(records)), first_to_last(eval_lines(records))

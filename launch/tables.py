@@ -16,6 +16,7 @@ STATUS_STYLES = {
     "failed": "red",
     "lost": "red",
     "held": "yellow",
+    "holds": "yellow",
     "incomplete": "yellow",
 }
 

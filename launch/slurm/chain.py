@@ -14,14 +14,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.attempt import needs_parent
+from launch.attempt import counts, needs_parent
+from launch.gates import settle_gate
 from launch.site import load_site
+from launch.site_schema import SiteConfig
 from launch.slurm import queue
 from launch.slurm.forecast import script_of
 from launch.slurm.queue import QueuedJob, jobs_by_stage, live_job
 from launch.snapshot import take_snapshot
 from launch.submission import SITE_FILE
-from megatron_vl.config.load import load_stage
+from megatron_vl.config.recipe import load_work
+from megatron_vl.config.schema import StageConfig
 from megatron_vl.run import atomic
 from megatron_vl.run.folder import ParentError, RunError, RunFolder, StageFolder
 
@@ -37,6 +40,8 @@ class Sent:
     new: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
+    held: dict[str, str] = field(default_factory=dict)
+    """Why a stage got no job: its gate holds, or one before it does."""
 
 
 def refuse_running(run: RunFolder, changed: Sequence[str]) -> None:
@@ -53,33 +58,25 @@ def refuse_running(run: RunFolder, changed: Sequence[str]) -> None:
 def send(run: RunFolder, selected: Sequence[str], command: RankCommand | None = None) -> Sent:
     """Bring the queue to what is wanted for these stages, in order.
 
+    A stage that a gate's verdict holds or has left out gets no job, nor does what comes after it.
+
     Args:
-        command: what each rank of a stage runs, where it is not `mvl train`.
+        command: what each rank of a training stage runs, where it is not `mvl train`.
 
     Raises RunError, ParentError, ConfigError or SlurmError; then nothing new has been released.
     """
     site = load_site(str(run.path / SITE_FILE))
-    stages = [run.stage(name) for name in selected]
+    sent = Sent()
+    todo = _to_send(run, selected, sent)
     code = take_snapshot(run)
-    texts = {
-        stage.name: script_of(
-            run,
-            stage,
-            load_stage(stage.config_path),
-            site,
-            code,
-            None if command is None else command(stage),
-        )
-        for stage in stages
-    }
+    texts = {stage.name: _text(run, stage, site, code, command) for stage in todo}
     queued = jobs_by_stage(run)
-    todo = [stage for stage in stages if not _is_done(stage)]
+    graph = run.graph()
     stale = [stage for stage in todo if _is_stale(stage, live_job(queued[stage.name]), texts)]
     preflight({stage.name: texts[stage.name] for stage in stale})
-    sent = Sent(done=[stage.name for stage in stages if _is_done(stage)])
     replaced = []
     for stage in todo:
-        after = _job_before(run, stage, queued, sent)
+        after = _jobs_before(run, stage, queued, sent)
         job = live_job(queued[stage.name])
         if stage not in stale:
             assert job is not None
@@ -88,14 +85,45 @@ def send(run: RunFolder, selected: Sequence[str], command: RankCommand | None = 
             sent.kept[stage.name] = job.id
             continue
         atomic.write_text(stage.path / SCRIPT, texts[stage.name])
-        sent.new[stage.name] = queue.submit_script(
-            stage.path / SCRIPT, after=after, hold=not sent.new
-        )
+        # What waits for a held job cannot start; everything else is held itself until all is sent.
+        hold = not any(parent in sent.new for parent in graph.parents[stage.name])
+        sent.new[stage.name] = queue.submit_script(stage.path / SCRIPT, after=after, hold=hold)
         run.journal.append("submitted", stage=stage.name, job=sent.new[stage.name], after=after)
         replaced += [job.id] if job is not None else []
     queue.cancel(replaced)
     _release(run)
     return sent
+
+
+def _to_send(run: RunFolder, selected: Sequence[str], sent: Sent) -> list[StageFolder]:
+    """The stages that want a job; the others are noted in `sent`."""
+    graph = run.graph()
+    todo = []
+    for name in selected:
+        stage = run.stage(name)
+        receipt = settle_gate(run, stage)
+        behind = [parent for parent in graph.parents[name] if parent in sent.held]
+        left_out = run.not_taken(name)
+        if receipt is not None and receipt.held_by_gate:
+            sent.held[name] = receipt.reason
+        elif counts(run, stage):
+            sent.done.append(name)
+        elif behind:
+            sent.held[name] = f"waits for {', '.join(behind)}"
+        elif left_out is not None:
+            sent.held[name] = left_out
+        else:
+            todo.append(stage)
+    return todo
+
+
+def _text(
+    run: RunFolder, stage: StageFolder, site: SiteConfig, code: Path, command: RankCommand | None
+) -> str:
+    work = load_work(stage.work_path)
+    own = command is None or not isinstance(work, StageConfig)
+    words = None if own or command is None else command(stage)
+    return script_of(run, stage, work, site, code, words)
 
 
 def preflight(texts: dict[str, str]) -> None:
@@ -110,11 +138,6 @@ def preflight(texts: dict[str, str]) -> None:
                 raise queue.SlurmError(f"{name}: {error}") from None
 
 
-def _is_done(stage: StageFolder) -> bool:
-    receipt = stage.receipt()
-    return receipt is not None and receipt.done
-
-
 def _is_stale(stage: StageFolder, job: QueuedJob | None, texts: dict[str, str]) -> bool:
     """Whether a stage needs a new job: it has none, or one that waits with another script."""
     if job is None:
@@ -124,34 +147,35 @@ def _is_stale(stage: StageFolder, job: QueuedJob | None, texts: dict[str, str]) 
     return job.pending and not same
 
 
-def _job_before(
+def _jobs_before(
     run: RunFolder, stage: StageFolder, queued: dict[str, list[QueuedJob]], sent: Sent
 ) -> str | None:
-    """The job a stage waits for: its parent's, unless the parent is done.
+    """The jobs a stage's job waits for, as `afterok` takes them; None when all before is done.
 
+    They are those of this submission or found in the queue by name; no id from a journal is used.
     Raises ParentError when the stage takes something over and nobody will make it.
     """
-    parent = run.parent(stage)
-    if parent is None or _is_done(parent):
-        return None
     ours = sent.new | sent.kept
-    if parent.name in ours:
-        return ours[parent.name]
-    job = live_job(queued[parent.name])
-    if job is not None:
-        return job.id
-    if needs_parent(load_stage(stage.config_path)):
-        raise ParentError(
-            f"{stage.name} needs {parent.name}, which is not done and has no job; start from it: "
-            f"--from {parent.name}"
-        )
-    return None
+    jobs = []
+    for parent in run.waits_for(stage):
+        if counts(run, parent):
+            continue
+        live = live_job(queued[parent.name])
+        job = ours.get(parent.name, live.id if live is not None else None)
+        if job is not None:
+            jobs.append(job)
+        elif needs_parent(load_work(stage.work_path)):
+            raise ParentError(
+                f"{stage.name} needs {parent.name}, which is not done and has no job; start from "
+                f"it: --from {parent.name}"
+            )
+    return ":".join(jobs) or None
 
 
 def _release(run: RunFolder) -> None:
     """Let the chain start; every job of it is queued and in the journal by now."""
     for name, jobs in jobs_by_stage(run).items():
         for job in jobs:
-            if job.live and job.reason == "JobHeldUser":
+            if job.held:
                 queue.release(job.id)
                 run.journal.append("released", stage=name, job=job.id)

@@ -72,7 +72,8 @@ class Account:
     def slurm_words(self) -> list[str]:
         """What Slurm itself wrote, line by line."""
         lines = [*self.step.splitlines(), *self.output.splitlines()]
-        return [line for line in lines if "error: ***" in line or "srun: error" in line]
+        marks = ("error: ***", "srun: error", "slurmstepd: error")
+        return [line for line in lines if any(mark in line for mark in marks)]
 
 
 def step_result(text: str, num_ranks: int) -> RankResult:

@@ -5,17 +5,20 @@ the time limit from what the run has measured so far, where it has. Nothing here
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launch.graph import folder_names
+from launch.nodes import node_arguments
 from launch.site_schema import SiteConfig
+from launch.slurm.examine import sick_nodes
 from launch.slurm.script import render, stage_job
 from launch.slurm.shape import Measured, Shape, shape_of
 from launch.snapshot import snapshot_folder
-from launch.submission import Stages, folder_name
 from launch.tables import print_table
 from megatron_vl.config.errors import ConfigError
-from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.recipe import TRAIN, Recipe, kind_of
+from megatron_vl.config.schema_node import Work
 from megatron_vl.run.folder import RunFolder, StageFolder
 from megatron_vl.run.metrics import read_metrics, step_lines
 
@@ -29,20 +32,27 @@ class JobPlan:
     shape: Shape
     measured: bool
     """Whether the warning's lead comes from saves of this run."""
+    kind: str = TRAIN
+    """`train`, or what the node does."""
+    took: Measured | None = None
+    """What earlier attempts took."""
 
 
-def plan_jobs(stages: Stages, site: SiteConfig, run: RunFolder) -> list[JobPlan]:
-    """The job of every stage, in order. Raises ConfigError with the problems of all."""
+def plan_jobs(recipe: Recipe, site: SiteConfig, run: RunFolder) -> list[JobPlan]:
+    """The job of every stage and node, in order. Raises ConfigError with the problems of all."""
     code, workdir = snapshot_folder(run), Path.cwd()
     found: list[JobPlan] = []
     problems: list[str] = []
-    for index, (name, _, config) in enumerate(stages):
-        folder = run.path / "stages" / folder_name(index, name)
-        took = measured(run, StageFolder(folder, name))
+    folders = folder_names(recipe)
+    for entry in recipe.entries:
+        name = entry.name
+        took = measured(run, StageFolder(run.path / "stages" / folders[name], name))
         try:
-            shape = shape_of(config, site, took)
-            job = stage_job(run.path, name, folder.name, code, workdir)
-            found.append(JobPlan(name, render(job, site, shape), shape, took is not None))
+            shape = shape_of(entry.config, site, took)
+            words = _words(run, name, entry.config)
+            job = stage_job(run.path, name, folders[name], code, workdir, words)
+            script = render(job, site, shape)
+            found.append(JobPlan(name, script, shape, took is not None, entry.kind, took))
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -53,15 +63,23 @@ def plan_jobs(stages: Stages, site: SiteConfig, run: RunFolder) -> list[JobPlan]
 def script_of(
     run: RunFolder,
     stage: StageFolder,
-    config: StageConfig,
+    work: Work,
     site: SiteConfig,
     code: Path,
     command: Sequence[str] | None = None,
 ) -> str:
     """The script of a stage of a run as it would be submitted now. Raises ConfigError."""
     workdir = Path(run.plan()["workdir"])
-    job = stage_job(run.path, stage.name, stage.path.name, code, workdir, command)
-    return render(job, site, shape_of(config, site, measured(run, stage)))
+    words = command or _words(run, stage.name, work)
+    job = stage_job(run.path, stage.name, stage.path.name, code, workdir, words)
+    avoided = [*site.job.exclude, *sick_nodes(run.journal.read())]
+    site = replace(site, job=replace(site.job, exclude=list(dict.fromkeys(avoided))))
+    return render(job, site, shape_of(work, site, measured(run, stage)))
+
+
+def _words(run: RunFolder, stage: str, work: Work) -> list[str] | None:
+    """What a node's process runs; None for the ranks of a training stage."""
+    return None if kind_of(work) == TRAIN else ["-P", *node_arguments(run.path.resolve(), stage)]
 
 
 def measured(run: RunFolder, stage: StageFolder) -> Measured | None:
@@ -96,7 +114,7 @@ def print_jobs(jobs: Sequence[JobPlan], site: SiteConfig) -> None:
     print_table("", (*names, "wall time", "starts", "GPU hours"), rows, left=1)
     if any(job.measured for job in jobs):
         print("* from the saves and steps this run has measured")
-    unknown = [job.stage for job in jobs if job.shape.gpu_hours is None]
+    unknown = [job.stage for job in jobs if job.shape.gpu_hours is None and job.kind == TRAIN]
     if unknown:
         print(f"hours are left out for {', '.join(unknown)}: the site states no tokens_per_s")
         return

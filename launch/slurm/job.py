@@ -18,27 +18,43 @@ from dataclasses import replace
 from datetime import datetime
 
 from launch import exit_codes
-from launch.attempt import Events, begin_attempt, saved_step, write_own_receipt
+from launch.attempt import (
+    Events,
+    begin_attempt,
+    counts,
+    saved_step,
+    statement,
+    write_own_receipt,
+)
 from launch.causes import Cause, classify
+from launch.gates import settle_gate
+from launch.graph import num_ranks
 from launch.post_mortem import Findings, write_post_mortem
 from launch.site import load_site
 from launch.site_schema import RequeueSection
 from launch.slurm.budget import Decision, Ending, decide, endings
 from launch.slurm.evidence import BEGIN_MARK, Account, gather
+from launch.slurm.examine import sick_nodes, verdict
 from launch.submission import SITE_FILE
-from megatron_vl.config.load import load_stage
-from megatron_vl.run.folder import ParentError, RunFolder, StageFolder
-from megatron_vl.run.receipt import Receipt, now
+from megatron_vl.config.recipe import load_work
+from megatron_vl.run.folder import NotTakenError, ParentError, RunFolder, StageFolder
+from megatron_vl.run.receipt import Receipt, ReceiptError, now
 from megatron_vl.run.stop import Stop
+
+_HANGS = "the ranks did not stop after the warning and were ended: they hang"
 
 
 def begin(args: Namespace) -> int:
     """Open the next attempt; prints `start ATTEMPT PORT`, `done`, or `held`."""
     run = RunFolder(args.run)
     stage = run.stage(args.stage)
-    receipt = stage.receipt()
-    if receipt is not None and receipt.done:
-        _say(f"{stage.name} is done at step {receipt.step}; nothing to do")
+    receipt = settle_gate(run, stage)
+    if receipt is not None and receipt.held_by_gate:
+        _say(receipt.reason)
+        print("held")
+        return exit_codes.OK
+    if counts(run, stage):
+        _say(f"{stage.name} is done; nothing to do")
         print("done")
         return exit_codes.OK
     if _is_cancelled(run.journal.read(), stage.name):
@@ -51,10 +67,14 @@ def begin(args: Namespace) -> int:
             _say(held)
             print("held")
             return exit_codes.OK
-    config = load_stage(stage.config_path)
+    work = load_work(stage.work_path)
     try:
-        attempt = begin_attempt(run, stage, config)
-    except ParentError as error:
+        attempt = begin_attempt(run, stage, work)
+    except NotTakenError as error:
+        _say(str(error))
+        print("done")  # for the queue: what waits behind it reads the receipts and ends so too
+        return exit_codes.OK
+    except (ParentError, ReceiptError) as error:
         _say(str(error))
         print("held")
         return exit_codes.OK
@@ -62,7 +82,7 @@ def begin(args: Namespace) -> int:
         "started",
         stage=stage.name,
         attempt=attempt,
-        ranks=config.parallel.ranks,
+        ranks=num_ranks(work),
         nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
         restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         from_step=saved_step(run.journal.read(), stage.name),
@@ -73,7 +93,7 @@ def begin(args: Namespace) -> int:
 
 
 def end(args: Namespace) -> int:
-    """Close an attempt; prints `done`, `again`, `stopped` or `held`."""
+    """Close an attempt; prints `done`, `again [NODES TO LEAVE OUT]`, `stopped` or `held`."""
     run = RunFolder(args.run)
     stage = run.stage(args.stage)
     if stage.last_attempt() != args.attempt:
@@ -83,7 +103,12 @@ def end(args: Namespace) -> int:
     if args.warned or args.asked:
         what = "USR1" if args.warned else "TERM"
         run.journal.append("signalled", stage=stage.name, attempt=args.attempt, signal=what)
-    print(_close(run, stage, args.attempt, args.slurm, restarted=False))
+    word = _close(run, stage, args.attempt, args.slurm, hung=bool(args.hung))
+    sick = sick_nodes(run.journal.read())
+    if word == "again" and sick:
+        exclude = load_site(str(run.path / SITE_FILE)).job.exclude
+        word += " " + ",".join(dict.fromkeys([*exclude, *sick]))
+    print(word)
     return exit_codes.OK
 
 
@@ -100,17 +125,37 @@ def _settle(run: RunFolder, stage: StageFolder) -> str:
     return receipt.reason if restarted and word == "held" else ""
 
 
-def _close(run: RunFolder, stage: StageFolder, attempt: int, slurm: str, *, restarted: bool) -> str:
-    """Write what is missing of an attempt's receipt, journal its end, and decide."""
+def _close(
+    run: RunFolder,
+    stage: StageFolder,
+    attempt: int,
+    slurm: str,
+    *,
+    restarted: bool = False,
+    hung: bool = False,
+) -> str:
+    """Write what is missing of an attempt's receipt, journal its end, and decide.
+
+    Args:
+        slurm: what Slurm said of the job at the end.
+        restarted: Slurm itself started the job again.
+        hung: the ranks did not heed the time limit's warning and were ended.
+    """
     events = run.journal.read()
     account = gather(stage, attempt, events, slurm)
+    looked = _examined(run, stage, attempt, account)
     receipt = stage.receipt()
     if receipt is not None and receipt.done:
         _journal_end(run, receipt, attempt, None, progressed=True)
-        return "done"
-    cause = _cause(receipt, account, restarted=restarted)
+        judged = settle_gate(run, stage) or receipt
+        if not judged.done:
+            _say(judged.reason)
+        return "done" if judged.done else "held"
+    told = (Cause.time_limit, _HANGS) if hung else looked
+    cause = told[0] if told else _cause(receipt, account, restarted=restarted)
     if receipt is None:
-        receipt = _write(run, stage, attempt, events, cause, account)
+        words = told[1] if told else _words(account, cause)
+        receipt = _write(run, stage, attempt, events, cause, words)
     before = saved_step(events, stage.name, before_attempt=attempt)
     ending = Ending(cause, saved_step(events, stage.name) > before)
     decision = decide(ending, endings(events, stage.name), _budgets(run))
@@ -146,25 +191,42 @@ def _write(
     attempt: int,
     events: Events,
     cause: Cause,
-    account: Account,
+    words: str,
 ) -> Receipt:
     """The receipt of ranks that left none."""
     begun = _started(events, stage, attempt).get("time", now())
     lost = max(0.0, time.time() - datetime.fromisoformat(begun).timestamp())
-    ended_well = account.result.first_failed is None
-    words = account.ending or "its ranks left no receipt and no word"
-    if ended_well and cause is Cause.crashed:
-        words = "all ranks ended, but the trainer wrote no receipt"
     unfinished = cause.is_external or cause in (Cause.time_limit, Cause.stopped)
     return write_own_receipt(
         run,
         stage,
-        load_stage(stage.config_path),
+        load_work(stage.work_path),
         "incomplete" if unfinished else "failed",
         f"{cause.value}: {words}",
         started=begun,
         lost=lost,
     )
+
+
+def _examined(
+    run: RunFolder, stage: StageFolder, attempt: int, account: Account
+) -> tuple[Cause, str] | None:
+    """Journal what the look at the nodes found; what it says of the ending, if anything."""
+    found = verdict(stage.attempt_path(attempt))
+    if found is None or (found.cause and classify(account.evidence) is not Cause.crashed):
+        return None  # nobody looked, or was not let to
+    rate = found.all_reduce_gb_s
+    run.journal.append(
+        "examined", stage=stage.name, attempt=attempt, sick=found.sick, all_reduce_gb_s=rate
+    )
+    return (found.cause, found.words) if found.cause else None
+
+
+def _words(account: Account, cause: Cause) -> str:
+    """How the ranks ended, as a receipt says it."""
+    if cause is Cause.crashed and account.result.first_failed is None:
+        return "all ranks ended, but the trainer wrote no receipt"
+    return account.ending or "its ranks left no receipt and no word"
 
 
 def _hold(
@@ -202,6 +264,7 @@ def _journal_end(
         step=receipt.step,
         cause=cause.value if cause else None,
         progressed=progressed,
+        statement=statement(receipt),
     )
 
 

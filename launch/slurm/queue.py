@@ -27,6 +27,8 @@ _ENDED = (
     "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL",
     "DEADLINE", "OUT_OF_MEMORY", "REVOKED",
 )  # fmt: skip
+_STARTED = ("no longer pending", "already finished")
+_HELD = ("JobHeldUser", "launch failed requeued held", "job requeued in held state")
 _HINTS = (
     ("invalid partition", "set job.partition of the site; `sinfo` lists the partitions"),
     ("account", "set job.account of the site; `sacctmgr show assoc user=$USER` lists yours"),
@@ -63,6 +65,12 @@ class QueuedJob:
     def live(self) -> bool:
         """Whether it may still run."""
         return self.state not in _ENDED
+
+    @property
+    def held(self) -> bool:
+        """Whether it waits for a person to release it: it was sent held, or a controller that came
+        back after a crash found its start unfinished."""
+        return self.pending and self.reason in _HELD
 
     @property
     def pending(self) -> bool:
@@ -130,8 +138,12 @@ def dependency(after: str | None) -> str:
 
 
 def point_at(job: str, after: str | None) -> None:
-    """Change what a pending job waits for."""
-    command("scontrol", "update", f"jobid={job}", f"dependency={dependency(after)}")
+    """Change what a pending job waits for; one that has started meanwhile waits for nothing."""
+    try:
+        command("scontrol", "update", f"jobid={job}", f"dependency={dependency(after)}")
+    except SlurmError as error:
+        if not any(words in str(error) for words in _STARTED):
+            raise
 
 
 def release(job: str) -> None:

@@ -26,6 +26,8 @@ from launch.slurm.shape import Shape
 from megatron_vl.config.errors import ConfigError
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "job.sh.jinja"
+_LAST_SECONDS = 15
+"""Before the time limit, what the books need to write down that ranks did not stop, in seconds."""
 _HEADER_SAFE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_./=:,@%+-")
 
 
@@ -93,9 +95,11 @@ def render(job: Job, site: SiteConfig, shape: Shape) -> str:
         python=shlex.quote(python),
         books=shlex.join(_books(job, site)),
         srun=shlex.join(_ranks(job, site, shape)),
+        doctor=_doctor(job, site, shape) if site.doctor.enabled else None,
         inside=shlex.join(_container(job, site)[1]),
         command=shlex.join(job.command),
         lead_seconds=shape.lead_seconds,
+        last_seconds=_LAST_SECONDS,
         codes={"held": exit_codes.HELD, "incomplete": exit_codes.INCOMPLETE},
     )
 
@@ -170,6 +174,25 @@ def _ranks(job: Job, site: SiteConfig, shape: Shape) -> list[str]:
         f"--ntasks-per-node={shape.tasks}", "--export=ALL", "--kill-on-bad-exit=1", "--wait=0",
         f"--mpi={site.job.mpi}", *cores, *options,
     ]  # fmt: skip
+
+
+def _doctor(job: Job, site: SiteConfig, shape: Shape) -> dict[str, str]:
+    """The step that looks at the nodes: one task on each, or one for each rank."""
+    asked, tasks = site.doctor, shape.tasks if site.doctor.all_reduce else 1
+    options, _ = _container(job, site)
+    # A sick node's task must not end the others', and a hanging one must end.
+    step = [
+        f"--nodes={shape.nodes}", f"--ntasks={shape.nodes * tasks}", f"--ntasks-per-node={tasks}",
+        "--export=ALL", "--kill-on-bad-exit=0", "--wait=0", "--time=5", f"--mpi={site.job.mpi}",
+        *options,
+    ]  # fmt: skip
+    words = [f"--gpus={shape.gpus}", f"--least-disk-gb={asked.least_disk_gb:g}"]
+    words += ["--all-reduce", f"--least-gb-s={asked.least_gb_s:g}"] * asked.all_reduce
+    return {
+        "srun": shlex.join(step),
+        "options": shlex.join(words),
+        "tasks": str(shape.nodes * tasks),
+    }
 
 
 def _books(job: Job, site: SiteConfig) -> list[str]:

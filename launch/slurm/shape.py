@@ -11,6 +11,7 @@ from launch.site_schema import SiteConfig
 from megatron_vl.config.check import nearest_multiple
 from megatron_vl.config.errors import ConfigError
 from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_node import Work
 from megatron_vl.run.stop import LEAST_LEAD_SECONDS, seconds_to_stop
 
 
@@ -54,8 +55,11 @@ class Shape:
         return self.gpus or self.tasks
 
 
-def shape_of(config: StageConfig, site: SiteConfig, measured: Measured | None = None) -> Shape:
-    """The job of one stage. Raises ConfigError."""
+def shape_of(config: Work, site: SiteConfig, measured: Measured | None = None) -> Shape:
+    """The job of one stage or node; a node is one process whose hours nobody states. Raises
+    ConfigError."""
+    if not isinstance(config, StageConfig):
+        return Shape(1, 1, min(site.nodes.gpus, 1), lead_seconds(site, measured), None, None, None)
     nodes, tasks = _split(config, site)
     lead = lead_seconds(site, measured)
     gpus = min(site.nodes.gpus, tasks) if site.nodes.gpus else 0

@@ -25,6 +25,7 @@ _WAITS = {
     "Resources": "waits for nodes to become free",
     "BeginTime": "Slurm starts it again in a moment",
     "JobHeldUser": "held in the queue; `mvl resume` releases it",
+    "launch failed requeued held": "Slurm could not start it; `mvl resume` releases it",
     "JobHeldAdmin": "held by an administrator",
     "QOSMaxJobsPerUserLimit": "waits: your jobs are at the limit of the QOS",
 }
@@ -109,6 +110,8 @@ def follow(run: RunFolder, selected: Sequence[str]) -> int:
     print_summary(run, selected)
     for name in selected:
         receipt = run.stage(name).receipt()
+        if receipt is None and run.not_taken(name) is not None:
+            continue
         if receipt is None:
             return exit_codes.FAILED
         if not receipt.done:

@@ -25,6 +25,7 @@ Refuses nothing; `config.check_fp8` and `engine.fp8_state` refuse what cannot ru
 Shapes: T tokens (sequence times batch), K input channels, N output channels, on this rank.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
@@ -258,13 +259,18 @@ class Fp8Capable(torch.nn.Module):
     """Mixed in before a parallel linear: multiplies in FP8 once it has an arithmetic.
 
     Attributes:
+        weight: the layer's own, (N, K).
         arithmetic: how to quantize; None multiplies in the parameters' own type.
         probe: set by the drift meter; the next pass is then run a second time in BF16, with all its
             collectives.
+        operands: what becomes of input and weight before anything else is done with them; None
+            leaves them. The input is this rank's, before it is gathered.
     """
 
+    weight: Tensor
     arithmetic: Arithmetic | None = None
     probe: Probe | None = None
+    operands: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     _shadowed: Arithmetic | None = None
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -293,6 +299,8 @@ class Fp8Capable(torch.nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """megatron-core's hook for the product itself."""
+        if self.operands is not None:
+            input, weight = self.operands(input, weight)
         if self._shadowed is not None:
             assert self.probe is not None
             whole = _gather(input, tp_group).wait() if sequence_parallel else input

@@ -145,6 +145,21 @@ class PackedMambaMixer(MambaMixer):
         y_LBD = y_BLD.transpose(0, 1).contiguous()
         return self.norm(self.cp.post_conv_ssm(y_LBD, packed_seq_params))
 
+    def _get_states_from_cache(
+        self, inference_context: Any, batch_size: int, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """megatron-core's states of this layer, the scan's kept in float32.
+
+        Rounded to bfloat16 at every token a state drifts; published serving keeps float32 too.
+        """
+        known = inference_context.key_value_memory_dict
+        is_new = self.layer_number not in known
+        convolution, state = super()._get_states_from_cache(inference_context, batch_size, **kwargs)
+        if is_new:
+            state = state.float()
+            known[self.layer_number] = (convolution, state)
+        return convolution, state
+
 
 @dataclass
 class HybridStackSubmodules(MambaStackSubmodules):

@@ -8,7 +8,7 @@ Source of the structure: megatron-core's `mamba_stack_spec` for the decoder, RAD
 transformer for the encoder.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
@@ -78,6 +78,12 @@ def transformer_engine_blocks() -> Blocks:
 def blocks_for(platform: Platform) -> Blocks:
     """Transformer Engine's modules where they are, torch's elsewhere."""
     return transformer_engine_blocks() if platform.has_transformer_engine else TORCH_BLOCKS
+
+
+def open_blocks(platform: Platform) -> Blocks:
+    """The platform's modules with the project's own linears, whose operands can be reached."""
+    linears = {"norm_linear": TORCH_BLOCKS.norm_linear, "row_linear": TORCH_BLOCKS.row_linear}
+    return replace(blocks_for(platform), **linears)
 
 
 def _attention(blocks: Blocks, mask: AttnMaskType) -> ModuleSpec:

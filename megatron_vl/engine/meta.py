@@ -6,6 +6,7 @@ well under a second.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed
@@ -18,14 +19,26 @@ from megatron_vl.engine import process_groups
 
 @contextlib.contextmanager
 def meta_device() -> Iterator[None]:
-    """Put what megatron-core allocates "on the current device" on the meta device."""
-    current_device = torch.cuda.current_device
+    """Put what megatron-core allocates "on the current device" on the meta device.
+
+    Its optimizer asks tensors for their type by name and takes CUDA's alone: meta tensors say so.
+    """
+    current_device, plain_type = torch.cuda.current_device, torch.Tensor.type
+
+    def type_without_meta(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = plain_type(self, *args, **kwargs)
+        if self.is_meta and isinstance(name, str):
+            return f"torch.cuda.{name.rpartition('.')[2]}"
+        return name
+
     torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment,return-value]
+    torch.Tensor.type = type_without_meta  # type: ignore[method-assign,assignment]
     try:
         with torch.device("meta"):
             yield
     finally:
         torch.cuda.current_device = current_device
+        torch.Tensor.type = plain_type  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def _triton() -> dict[str, types.ModuleType]:
 
 
 def _mamba_ssm() -> dict[str, types.ModuleType]:
-    from megatron_vl.kernels import gated_norm, ssd
+    from megatron_vl.kernels import decode, gated_norm, ssd
 
     modules = {
         name: _module(name) for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton")
@@ -74,7 +74,21 @@ def _mamba_ssm() -> dict[str, types.ModuleType]:
     scan: Any = _module("mamba_ssm.ops.triton.ssd_combined")
     scan.mamba_chunk_scan_combined = ssd.mamba_chunk_scan_combined
     scan.mamba_split_conv1d_scan_combined = ssd.mamba_split_conv1d_scan_combined
-    return modules | {norm.__name__: norm, scan.__name__: scan}
+    update: Any = _module("mamba_ssm.ops.triton.selective_state_update")
+    update.selective_state_update = decode.selective_state_update
+    return modules | {part.__name__: part for part in (norm, scan, update)}
+
+
+def _causal_conv1d() -> dict[str, types.ModuleType]:
+    from megatron_vl.kernels import conv1d
+
+    package: Any = _module("causal_conv1d")
+    package.causal_conv1d_fn = conv1d.causal_conv1d_fn
+    package.causal_conv1d_update = conv1d.causal_conv1d_update
+    ends: Any = _module("causal_conv1d.causal_conv1d_varlen")
+    # Named by megatron-core's dynamic batching, which nothing here starts.
+    ends.causal_conv1d_varlen_states = _AbsentKernel("causal_conv1d_varlen_states")
+    return {part.__name__: part for part in (package, ends)}
 
 
 def _module(name: str) -> types.ModuleType:
@@ -92,6 +106,8 @@ def stand_ins(platform: Platform) -> Iterator[None]:
         absent |= _triton()
     if not platform.has_mamba_ssm:
         absent |= _mamba_ssm()
+    if not platform.has_causal_conv1d:
+        absent |= _causal_conv1d()
     hidden = {name: sys.modules[name] for name in absent if name in sys.modules}
     sys.modules.update(absent)
     try:

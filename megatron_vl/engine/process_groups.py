@@ -19,6 +19,10 @@ from megatron_vl.engine.platform import PLATFORM
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
+class PortTakenError(RuntimeError):
+    """Another process listens on the port at which the ranks were to meet."""
+
+
 def join_world(
     *, rank: int | None = None, size: int | None = None, init_method: str = "env://"
 ) -> None:
@@ -27,16 +31,28 @@ def join_world(
     Args:
         rank, size: this rank and how many there are; from RANK and WORLD_SIZE when None.
         init_method: how ranks find each other, as torch.distributed takes it.
+
+    Raises:
+        PortTakenError: rank 0 cannot listen where the ranks are to meet.
     """
     if PLATFORM.device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    torch.distributed.init_process_group(
-        backend=PLATFORM.backend,
-        init_method=init_method,
-        rank=int(os.environ.get("RANK", "0")) if rank is None else rank,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")) if size is None else size,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
+    try:
+        torch.distributed.init_process_group(
+            backend=PLATFORM.backend,
+            init_method=init_method,
+            rank=int(os.environ.get("RANK", "0")) if rank is None else rank,
+            world_size=int(os.environ.get("WORLD_SIZE", "1")) if size is None else size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise PortTakenError(
+            f"port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')} is taken by "
+            "another process, so the ranks cannot meet there; start again (`mvl resume RUN` takes "
+            "another port), or set MASTER_PORT where you start ranks by hand"
+        ) from error
 
 
 def create(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:

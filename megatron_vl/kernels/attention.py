@@ -74,6 +74,7 @@ def attend(
     """Attention of (B, N, T, D) to (B, G, S, D); causal: the queries are the last T of S places."""
     num_queries, num_keys = query_BNTD.shape[2], key_BGSD.shape[2]
     square = num_queries == num_keys
+    causal = causal and num_queries > 1  # the last query sees every key
     if square or not causal:
         return _sdpa(query_BNTD, key_BGSD, value_BGSD, None, is_causal=causal, scale=scale)
     if query_BNTD.is_cuda and query_BNTD.dtype in (torch.bfloat16, torch.float16):

@@ -8,6 +8,8 @@
     runs/NAME/stages/NN_name/metrics.jsonl   every step of all attempts
     runs/NAME/stages/NN_name/tensorboard/
     runs/NAME/stages/NN_name/receipt.json    how the stage ended
+    runs/NAME/stages/NN_name/node.yaml       of a node that does not train: what it does
+    runs/NAME/release/                       what a release node wrote, by its name
 
 Everything inside is relative to the run folder, so that a run can be moved. Refuses a folder
 without a plan, and any start from a parent that is not done or no longer what its receipt says.
@@ -22,8 +24,15 @@ import yaml
 
 from megatron_vl.run import atomic
 from megatron_vl.run.digest import checkpoint_digest
+from megatron_vl.run.graph import Graph
 from megatron_vl.run.journal import Journal
-from megatron_vl.run.receipt import Receipt, Seconds, read_receipt, write_receipt
+from megatron_vl.run.receipt import (
+    WITH_CHECKPOINT,
+    Receipt,
+    Seconds,
+    read_receipt,
+    write_receipt,
+)
 
 
 class RunError(ValueError):
@@ -32,6 +41,10 @@ class RunError(ValueError):
 
 class ParentError(RunError):
     """A stage must not start: its parent is missing, not done, or has changed since it was."""
+
+
+class NotTakenError(ParentError):
+    """A stage that a gate's verdict has left out: the chain has taken another branch."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +56,18 @@ class StageFolder:
 
     @property
     def config_path(self) -> Path:
-        """The resolved configuration."""
+        """The resolved configuration of a training stage, or the one a node's checkpoint has."""
         return self.path / "config.yaml"
+
+    @property
+    def node_path(self) -> Path:
+        """What a node does; a training stage has no such file."""
+        return self.path / "node.yaml"
+
+    @property
+    def work_path(self) -> Path:
+        """The file that says what the stage or node does."""
+        return self.node_path if self.node_path.is_file() else self.config_path
 
     @property
     def checkpoints(self) -> Path:
@@ -132,6 +155,7 @@ class RunFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.journal = Journal(self.path / "journal.jsonl")
+        self._plan: tuple[str, dict[str, Any]] = ("", {})
 
     @property
     def name(self) -> str:
@@ -146,7 +170,9 @@ class RunFolder:
     def create(self, plan: dict[str, Any]) -> None:
         """Write the plan and make the stage folders; an earlier plan of the same run is replaced.
 
-        `plan["stages"]` lists `{"name", "folder", ...}` in the order they run.
+        `plan["stages"]` lists `{"name", "folder", ...}` in the order they run. An entry's `after`
+        names what it waits for, its parent first (without the key: the entry before it), its `kind`
+        what it is (`train` without the key), its `takes` the stages of a release by format.
         """
         names = [entry["name"] for entry in plan["stages"]]
         assert len(set(names)) == len(names), names
@@ -162,9 +188,12 @@ class RunFolder:
     def plan(self) -> dict[str, Any]:
         """The plan. Raises RunError when there is none."""
         try:
-            return yaml.safe_load(self.plan_path.read_text(encoding="utf-8"))
+            text = self.plan_path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise RunError(f"{self.path}: not a run folder (it has no plan.yaml)") from None
+        if text != self._plan[0]:
+            self._plan = (text, yaml.safe_load(text))
+        return self._plan[1]
 
     def stages(self) -> list[StageFolder]:
         """The stages in the order they run; those the plan marks `skipped` are left out."""
@@ -183,11 +212,72 @@ class RunFolder:
         known = ", ".join(stage.name for stage in stages)
         raise RunError(f"{self.path}: has no stage {name!r}; its stages are {known}")
 
+    def graph(self) -> Graph:
+        """Which stage follows which; a skipped one's children follow its parents."""
+        entries = self.plan()["stages"]
+        skipped = [entry["name"] for entry in entries if entry.get("skipped", False)]
+        return _graph(entries).without(skipped)
+
+    def waits_for(self, stage: StageFolder) -> list[StageFolder]:
+        """The stages that must be done before this one starts, its parent first."""
+        return [self.stage(name) for name in self.graph().parents[stage.name]]
+
     def parent(self, stage: StageFolder) -> StageFolder | None:
-        """The stage before this one; None for the first."""
-        stages = self.stages()
-        index = [other.name for other in stages].index(stage.name)
-        return stages[index - 1] if index else None
+        """The stage whose checkpoint this one takes; None for the head.
+
+        An evaluation or a release between the two passes the checkpoint on.
+        """
+        before = self.graph().parents[stage.name]
+        return self.source(before[0]) if before else None
+
+    def sources(self, stage: StageFolder) -> dict[str, StageFolder]:
+        """The stages whose checkpoints a stage takes: by format for a release, else its parent."""
+        entry = next(e for e in self.plan()["stages"] if e["name"] == stage.name)
+        if "takes" in entry:
+            return {form: self.source(name) for form, name in entry["takes"].items()}
+        parent = self.parent(stage)
+        return {} if parent is None else {"": parent}
+
+    def source(self, name: str) -> StageFolder:
+        """The stage whose checkpoint a name stands for: itself, unless it is skipped or makes none.
+
+        Raises RunError when no stage before it makes one either.
+        """
+        entries = self.plan()["stages"]
+        parents, asked = _graph(entries).parents, name
+        by_name = {entry["name"]: entry for entry in entries}
+        while by_name[name].get("skipped", False) or not _has_checkpoint(by_name[name]):
+            if not parents[name]:
+                raise RunError(f"{self.path}: no stage up to {asked} makes a checkpoint")
+            name = parents[name][0]
+        return self.stage(name)
+
+    def not_taken(self, name: str) -> str | None:
+        """Why a gate before a stage has left it out; None while it may still run."""
+        graph = self.graph()
+        for before in graph.parents[name]:
+            receipt = self.stage(before).receipt()
+            if receipt is not None and name in receipt.gate.get("closed", []):
+                taken = ", ".join(receipt.gate["open"]) or "nothing"
+                return f"not taken: the gate of {before} has gone on to {taken}"
+            earlier = self.not_taken(before)
+            if earlier is not None:
+                return earlier
+        return None
+
+
+def _graph(entries: list[dict[str, Any]]) -> Graph:
+    """The graph of a plan's entries; those without `after` follow the entry before them."""
+    parents: dict[str, tuple[str, ...]] = {}
+    before: tuple[str, ...] = ()
+    for entry in entries:
+        parents[entry["name"]] = tuple(entry.get("after", before))
+        before = (entry["name"],)
+    return Graph(parents)
+
+
+def _has_checkpoint(entry: dict[str, Any]) -> bool:
+    return entry.get("kind", "train") in WITH_CHECKPOINT
 
 
 def require_done_parent(
@@ -198,26 +288,43 @@ def require_done_parent(
 ) -> Receipt:
     """The receipt of a stage's parent, if the stage may start from it. Raises ParentError if not.
 
-    `digest` recomputes the digest of the parent's checkpoint, which costs a read of all of it; None
-    leaves that out (the supervisor has checked, the ranks need not read it again).
+    Everything the stage waits for must be done, gates included. `digest` recomputes the digest of
+    the checkpoints it takes, which costs a read of all of them; None leaves that out (the
+    supervisor has checked, the ranks need not read them again).
     """
-    parent = run.parent(stage)
-    if parent is None:
+    sources = list(run.sources(stage).values())
+    if not sources:
         raise ParentError(f"{stage.name} is the first stage of {run.path} and has no parent")
-    receipt = parent.receipt()
-    again = f"run it first: mvl submit RECIPE --run {run.path} --from {parent.name}"
+    left_out = run.not_taken(stage.name)
+    if left_out is not None:
+        raise NotTakenError(f"{stage.name} is {left_out}")
+    receipts = {
+        before.name: _done_receipt(run, stage, before)
+        for before in [*run.waits_for(stage), *sources]
+    }
+    for parent in {source.path: source for source in sources}.values():
+        receipt = receipts[parent.name]
+        if digest is not None and receipt.checkpoint is not None:
+            _check_digest(stage, parent, receipt, digest)
+    return receipts[sources[0].name]
+
+
+def _done_receipt(run: RunFolder, stage: StageFolder, before: StageFolder) -> Receipt:
+    receipt = before.receipt()
+    again = f"run it first: mvl submit RECIPE --run {run.path} --from {before.name}"
     if receipt is None:
         raise ParentError(
-            f"{stage.name} needs the checkpoint of {parent.name}, which has no receipt; {again}"
+            f"{stage.name} needs the checkpoint of {before.name}, which has no receipt; {again}"
+        )
+    if receipt.held_by_gate:
+        raise ParentError(
+            f"{stage.name} waits for {before.name}, whose gate holds: {receipt.reason}"
         )
     if not receipt.done:
         raise ParentError(
-            f"{stage.name} needs {parent.name} done, but it is {receipt.status}: "
+            f"{stage.name} needs {before.name} done, but it is {receipt.status}: "
             f"{receipt.reason}; {again}"
         )
-    assert receipt.checkpoint is not None
-    if digest is not None:
-        _check_digest(stage, parent, receipt, digest)
     return receipt
 
 

@@ -14,7 +14,7 @@ from megatron_vl.run.receipt import now
 
 EVENTS = (
     "planned", "submitted", "released", "started", "saved", "signalled", "requeued", "ended",
-    "cancelled", "gated", "overridden",
+    "cancelled", "examined", "gated", "overridden", "quarantined",
 )  # fmt: skip
 
 

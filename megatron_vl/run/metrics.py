@@ -8,11 +8,12 @@ Step lines hold the `STEP_KEYS`:
 - `data_wait_s`: until all data-parallel ranks had their packs; `save_stall_s`: in saves since the
   step before; `bubble`: share of the pipeline schedule spent in neither forward nor backward
   compute, mean over ranks; null without a pipeline.
-Evaluation lines hold `eval` (the name of the held-out set), `step` and `loss`, and the `seconds` it
-took; drift lines hold `drift` (an object a layer), `step` and `keep` (see `train/drift.py`). Floats
-are written with every digit they have, so that two runs can be compared bit by bit. JSON has no
-infinities, so NaN and infinities are written as the strings "NaN", "Infinity" and "-Infinity" and
-read back.
+Evaluation lines hold `eval` (the held-out set: `val` is the stage's own, the others are named by
+their stages), `step` and `loss`, the losses by source and by modality (`sources`, `modalities`) and
+the `seconds` it took; drift lines hold `drift` (an object a layer), `step` and `keep` (see
+`train/drift.py`). Floats are written with every digit they have, so that two runs can be compared
+bit by bit. JSON has no infinities, so NaN and infinities are written as the strings "NaN",
+"Infinity" and "-Infinity" and read back.
 """
 
 import json
@@ -73,9 +74,18 @@ def is_step(record: dict[str, Any]) -> bool:
     return "eval" not in record and "drift" not in record
 
 
+OWN_SET = "val"
+"""Name of the held-out set of the stage itself."""
+
+
 def eval_lines(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of evaluations among `read_metrics` lines."""
-    return [record for record in records if "eval" in record]
+    """The evaluations on the stage's own set among `read_metrics` lines."""
+    return [record for record in records if record.get("eval") == OWN_SET]
+
+
+def set_lines(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations on the sets of the run's stages among `read_metrics` lines."""
+    return [record for record in records if record.get("eval", OWN_SET) != OWN_SET]
 
 
 def _drop_cut_line(file: BinaryIO) -> None:

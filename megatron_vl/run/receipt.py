@@ -18,6 +18,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from megatron_vl.run import atomic
 
 SCHEMA = 1
+WITH_CHECKPOINT = ("train", "assemble")
+"""Kinds of stages whose receipt names a checkpoint once they are done."""
+RERUN = ("evaluate", "release")
+"""Kinds that run again where what they do or take has changed: nothing is trained from them."""
+_LATER = ("kind", "inputs", "outputs")
+"""Keys that receipts of earlier versions lack; their defaults are what those meant."""
 Status = Literal["done", "incomplete", "failed", "held"]
 
 
@@ -77,11 +83,22 @@ class Receipt:
     seconds: Seconds = field(default_factory=Seconds)
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
+    kind: str = "train"
+    """What made it: a training stage, or a node that assembles, evaluates or releases."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Of a node: the stages it took from, with the digests of their checkpoints."""
+    outputs: dict[str, str] = field(default_factory=dict)
+    """Of a node: what it left, by path from the run folder, with its digest."""
 
     @property
     def done(self) -> bool:
         """Whether the next stage may start from this one."""
         return self.status == "done"
+
+    @property
+    def held_by_gate(self) -> bool:
+        """Whether it ran to its end and only its gate stands before the stages behind it."""
+        return self.status == "held" and self.gate.get("decision") == "hold"
 
 
 def now() -> str:
@@ -122,7 +139,7 @@ def parse_receipt(value: Any, where: str) -> Receipt:
             "read it with the version of megatron_vl that wrote it"
         )
     receipt = _parse(Receipt, value, where, "")
-    if receipt.done and receipt.checkpoint is None:
+    if receipt.done and receipt.kind in WITH_CHECKPOINT and receipt.checkpoint is None:
         raise ReceiptError(f"{where}: status is done, but checkpoint is null")
     return receipt
 
@@ -153,11 +170,12 @@ def _parse_object(kind: type, value: Any, where: str, key: str) -> Any:
         raise ReceiptError(f"{where}: {key} is {value!r}, expected an object")
     hints = get_type_hints(kind)
     prefix = f"{key}." if key else ""
-    missing = sorted(set(hints) - set(value))
+    later = _LATER if kind is Receipt else ()
+    missing = sorted(set(hints) - set(value) - set(later))
     unknown = sorted(set(value) - set(hints))
     if missing or unknown:
         what = [f"missing {', '.join(prefix + name for name in missing)}"] if missing else []
         what += [f"unknown {', '.join(prefix + name for name in unknown)}"] if unknown else []
         raise ReceiptError(f"{where}: keys {' and '.join(what)}")
-    inner = {name: _parse(hints[name], value[name], where, prefix + name) for name in hints}
+    inner = {name: _parse(hints[name], value[name], where, prefix + name) for name in value}
     return kind(**inner)

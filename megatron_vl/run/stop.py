@@ -1,11 +1,12 @@
 """Being asked to stop, by a signal or by the clock: looked for between two steps, nowhere else.
 
 The signals are blocked and stay pending until a rank looks. So nothing is interrupted, no
-collective, no save, and none of the processes a rank starts: they inherit the block. (Slurm and the
-supervisor signal whole process groups; a helper of multiprocessing that died of a signal took its
-rank along: torch_dist saves go through a manager process.) Beside the block stands a handler that
-only sets a flag, in case a library unblocks: multiprocessing does so with TERM when it starts its
-resource tracker, which is therefore started here. That is one more small process for each rank.
+collective, no save, and none of the threads and processes a rank starts: they inherit the block.
+(Slurm and the supervisor signal whole process groups, and a helper of multiprocessing that dies of
+a signal takes its rank along. Saves are written by a thread for that.) Beside the block stands a
+handler that only sets a flag, in case a library unblocks: multiprocessing does so with TERM when it
+starts its resource tracker, which is therefore started here. That is one more small process for
+each rank.
 
 Before every step the ranks agree on what they were asked (`train.main`), and all of them save and
 leave at the same step. The clock is the job's end, which the launcher states in MVL_JOB_END; the

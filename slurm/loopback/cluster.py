@@ -1,55 +1,36 @@
-#!/usr/bin/env python3
 """A real Slurm on this machine: one controller and several virtual nodes, on loopback alone.
 
 For trying a chain of jobs before a cluster is spent on it, and for the tests. Everything lies in
 one folder: configuration, private munge key and socket, state and logs. Nothing is written in
 /etc, nothing needs root, and a node is `127.0.0.11`, `127.0.0.12` ..., so that its name is its
-address. Needs Debian's packages (`apt-get install --no-install-recommends slurmctld slurmd
-slurm-client munge`), or a folder of them made without root by `cluster.py packages DIR`. Uses the
-standard library alone and knows nothing of `mvl`.
+address. Needs Debian's packages (`packages.INSTALL`), or a folder of them made without root. Uses
+the standard library alone and knows nothing of `mvl`.
 
-    python3 slurm/loopback/cluster.py up          # prints the line that points a shell at it
-    python3 slurm/loopback/cluster.py down DIR
+    python3 -m slurm.loopback up          # prints the line that points a shell at it
+    python3 -m slurm.loopback down DIR
 
 Refuses a folder whose path is too long for a unix socket. `down` ends only processes that carry
 this cluster's configuration in their environment. Up in under a second; about 36 MB of memory.
 """
 
-import argparse
 import contextlib
-import getpass
 import os
-import random
 import shlex
-import shutil
 import signal
-import socket
-import string
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-INSTALL = f"apt-get install -y --no-install-recommends {' '.join(PACKAGES)}"
-_LIBRARIES = ("libhwloc15", "liblua5.1-0", "libmunge2", "slurm-wlm-basic-plugins")
-_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-_DAEMONS = ("munged", "slurmctld", "slurmd", "slurmstepd", "slurmscriptd")
+from slurm.loopback.configuration import Configuration, write_files
+from slurm.loopback.packages import INSTALL, ClusterError, library, missing_programs, search_path
+from slurm.loopback.processes import find_processes, parent
+
 _LONGEST_SOCKET = 107
 _UP_SECONDS = 10.0
 _DOWN_SECONDS = 5.0
-
-
-class ClusterError(RuntimeError):
-    """The cluster cannot be brought up; the message says why and what to do."""
-
-
-def missing_programs(prefix: Path | None = None) -> list[str]:
-    """The programs of Slurm and munge that are not here (or not in an unpacked prefix)."""
-    path = _path(prefix)
-    return [name for name in _PROGRAMS if shutil.which(name, path=path) is None]
+_REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Cluster:
@@ -78,24 +59,21 @@ class Cluster:
     ) -> None:
         self.root = root.resolve()
         self.nodes = [f"127.0.0.{11 + index}" for index in range(nodes)]
-        self.gpus, self.cpus = gpus, cpus
-        self.min_job_age = min_job_age
-        self.policy = policy
         self.prefix = prefix.resolve() if prefix else None
-
-    @property
-    def conf(self) -> Path:
-        """The file SLURM_CONF points at."""
-        return self.root / "etc" / "slurm.conf"
+        self._files = Configuration(
+            self.root, self.nodes, gpus, cpus, min_job_age, policy, self.prefix
+        )
+        self.conf = self._files.conf
+        self._keeper: subprocess.Popen[bytes] | None = None
 
     @property
     def variables(self) -> dict[str, str]:
         """What a shell must export to use the cluster."""
         found = {"SLURM_CONF": str(self.conf)}
         if self.prefix:
-            library = self.prefix / "usr" / "lib" / _multiarch()
-            found["PATH"] = _path(self.prefix)
-            found["LD_LIBRARY_PATH"] = f"{library}:{library / 'slurm-wlm'}"
+            found["PATH"] = search_path(self.prefix)
+            place = library(self.prefix)
+            found["LD_LIBRARY_PATH"] = f"{place}:{place / 'slurm-wlm'}"
         return found
 
     @property
@@ -106,19 +84,31 @@ class Cluster:
 
     def up(self) -> None:
         """Write the configuration, start every daemon, return when all nodes are idle."""
-        absent = missing_programs(self.prefix)
-        if absent:
-            raise ClusterError(
-                f"not installed: {', '.join(absent)}. On Debian or Ubuntu: {INSTALL}\n"
-                f"Without root: python3 {Path(__file__).name} packages DIR, then --prefix DIR"
-            )
+        self._start()
+
+    def up_while_alive(self) -> None:
+        """As `up`, and the cluster goes down when this process ends, however it ends.
+
+        A helper in a session of its own waits for that: the daemons cannot, they go to the
+        background and start steps that outlive them.
+        """
+        self._keeper = start_keeper(self.root)
+        self._start()
+
+    def _start(self) -> None:
         socket_path = self.root / "run" / "munge.sock"
         if len(str(socket_path)) > _LONGEST_SOCKET:
             raise ClusterError(
                 f"{socket_path}: longer than the {_LONGEST_SOCKET} characters of a unix socket; "
                 "choose a shorter folder, such as /tmp/slurm"
             )
-        self._write()
+        absent = missing_programs(self.prefix)
+        if absent:
+            raise ClusterError(
+                f"not installed: {', '.join(absent)}. On Debian or Ubuntu: {INSTALL}\n"
+                "Without root: python3 -m slurm.loopback packages DIR, then up --prefix DIR"
+            )
+        write_files(self._files)
         self._start_munge()
         self.start_controller()
         for node in self.nodes:
@@ -136,8 +126,12 @@ class Cluster:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             if _wait(lambda: not self._pids(), _DOWN_SECONDS):
-                return
-        raise ClusterError(f"{self.root}: processes {self._pids()} do not end")
+                break
+        else:
+            raise ClusterError(f"{self.root}: processes {self._pids()} do not end")
+        if self._keeper is not None:
+            self._keeper.communicate(timeout=2 * _DOWN_SECONDS)
+            self._keeper = None
 
     def command(self, *words: str) -> str:
         """Run one of Slurm's commands against the cluster and return what it printed."""
@@ -171,7 +165,7 @@ class Cluster:
         assert slurmd in self._pids(("slurmd",)), f"{pid_file} is stale"
         tasks = self._pids(node=name)
         # A step's daemon has no mark of its node; the tasks it started have.
-        steps = {_parent(pid) for pid in tasks} & set(self._pids(("slurmstepd",)))
+        steps = {parent(pid) for pid in tasks} & set(self._pids(("slurmstepd",)))
         for pid in (slurmd, *steps, *tasks):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -188,41 +182,6 @@ class Cluster:
 
         if not _wait(up, _UP_SECONDS):
             raise ClusterError(f"{name} does not come back: {self._quietly('sinfo', '-R')}")
-
-    def _write(self) -> None:
-        for name in ("", "etc", "run", "log", "state", "gpu", *(f"spool/{n}" for n in self.nodes)):
-            (self.root / name).mkdir(parents=True, exist_ok=True)
-            (self.root / name).chmod(0o700 if name == "state" else 0o755)
-        key = self.root / "etc" / "munge.key"
-        key.touch(mode=0o600)
-        key.write_bytes(os.urandom(1024))
-        for index in range(self.gpus):
-            link = self.root / "gpu" / f"nvidia{index}"
-            link.unlink(missing_ok=True)
-            link.symlink_to("/dev/null")  # Slurm wants a character device
-        first = _free_ports(1 + len(self.nodes))
-        plugins = []
-        if self.policy:
-            plugins.append("JobSubmitPlugins=lua")
-            (self.conf.parent / "job_submit.lua").write_text(self.policy, encoding="utf-8")
-        if self.prefix:
-            library = self.prefix / "usr" / "lib" / _multiarch() / "slurm-wlm"
-            plugins.append(f"PluginDir={library}")
-        template = string.Template(
-            Path(__file__).with_name("slurm.conf.template").read_text(encoding="utf-8")
-        )
-        hosts = f"127.0.0.[11-{10 + len(self.nodes)}]"
-        text = template.substitute(
-            root=self.root, host=socket.gethostname().partition(".")[0], user=getpass.getuser(),
-            controller_port=first, node_ports=f"{first + 1}-{first + len(self.nodes)}",
-            nodes=hosts, cpus=self.cpus, gpus=self.gpus, min_job_age=self.min_job_age,
-            first_job=random.randrange(1000, 60000), plugins="\n".join(plugins),
-        )  # fmt: skip
-        self.conf.write_text(text, encoding="utf-8")
-        gres = f"NodeName={hosts} Name=gpu Flags=nvidia_gpu_env File={self.root}/gpu/nvidia"
-        gres += f"[0-{self.gpus - 1}]" if self.gpus > 1 else "0"
-        (self.conf.parent / "gres.conf").write_text(gres + "\n" if self.gpus else "")
-        (self.conf.parent / "cgroup.conf").write_text("CgroupAutomount=no\n")
 
     def _start_munge(self) -> None:
         run, etc, log = self.root / "run", self.root / "etc", self.root / "log"
@@ -259,75 +218,19 @@ class Cluster:
             return ""
 
     def _pids(self, names: tuple[str, ...] = (), node: str = "") -> list[int]:
-        """This cluster's daemons of these names; without names, those of its jobs on a node.
-
-        With neither, every process of the cluster but this one and those that started it.
-        """
-        mark, place = f"SLURM_CONF={self.conf}".encode(), f"SLURMD_NODENAME={node}".encode()
-        ancestors = set(_ancestors(os.getpid()))
-        found = []
-        for pid, environment in _processes():
-            if mark not in environment or pid in ancestors:
-                continue
-            daemon = _name(pid)
-            in_job = any(entry.startswith(b"SLURM_JOB_ID=") for entry in environment)
-            if names:
-                wanted = daemon in names
-            elif node:
-                wanted = in_job and place in environment
-            else:
-                wanted = in_job or daemon in _DAEMONS
-            if wanted:
-                found.append(pid)
-        return found
+        return find_processes(self.conf, names, node)
 
 
-def _processes() -> Iterator[tuple[int, list[bytes]]]:
-    """Every process of this user that is not a zombie, with its environment."""
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                content = (folder / "environ").read_bytes()
-                if content:
-                    yield int(folder.name), content.split(b"\0")
-
-
-def _name(pid: int) -> str:
-    """A program's name without the suffix that Debian's builds carry."""
-    try:
-        program = Path(f"/proc/{pid}/exe").readlink().name
-    except OSError:
-        return ""
-    return program.removesuffix("-wlm")
-
-
-def _parent(pid: int) -> int:
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    return int(status.rpartition(")")[2].split()[1])
-
-
-def _ancestors(pid: int) -> Iterator[int]:
-    while pid > 1:
-        yield pid
-        pid = _parent(pid)
-
-
-def _free_ports(count: int) -> int:
-    """The first of `count` free neighbouring ports, below those the kernel gives to clients."""
-    for _ in range(100):
-        first = random.randrange(20000, 32000 - count)
-        with contextlib.ExitStack() as probes:
-            try:
-                for port in range(first, first + count):
-                    probe = probes.enter_context(socket.socket())
-                    probe.bind(("0.0.0.0", port))
-            except OSError:
-                continue
-            return first
-    raise ClusterError(f"no {count} neighbouring ports are free between 20000 and 32000")
+def start_keeper(root: Path) -> subprocess.Popen[bytes]:
+    """A helper that takes the cluster of a folder down when this process ends, however it ends, or
+    when its standard input is closed."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "slurm.loopback", "keep", str(root)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        cwd=_REPOSITORY,
+        start_new_session=True,
+    )
 
 
 def _wait(condition: Callable[[], bool], seconds: float) -> bool:
@@ -337,82 +240,3 @@ def _wait(condition: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(0.05)
     return True
-
-
-def _multiarch() -> str:
-    return f"{os.uname().machine}-linux-gnu"
-
-
-def _path(prefix: Path | None) -> str:
-    """Where programs are looked for; sbin too, which a user's PATH often lacks."""
-    usual = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
-    if prefix is None:
-        return usual
-    return ":".join(str(prefix / part) for part in ("bin", "usr/bin", "usr/sbin")) + ":" + usual
-
-
-def fetch_packages(prefix: Path) -> None:
-    """Download Debian's packages and unpack them into a folder: Slurm without root.
-
-    Raises ClusterError where apt-get or dpkg is missing or fails.
-    """
-    prefix.mkdir(parents=True, exist_ok=True)
-    steps = [["apt-get", "download", *PACKAGES, *_LIBRARIES]]
-    try:
-        with tempfile.TemporaryDirectory(prefix="slurm-packages-") as folder:
-            for step in steps:
-                subprocess.run(step, cwd=folder, check=True, capture_output=True, text=True)
-            for package in sorted(Path(folder).glob("*.deb")):
-                subprocess.run(
-                    ["dpkg", "-x", package.name, str(prefix.resolve())],
-                    cwd=folder, check=True, capture_output=True, text=True,
-                )  # fmt: skip
-    except FileNotFoundError as error:
-        words = f"{error.filename} is not here; this works on Debian and Ubuntu"
-        raise ClusterError(words) from None
-    except subprocess.CalledProcessError as error:
-        raise ClusterError(f"{shlex.join(error.cmd)}: {error.stderr.strip()}") from None
-    # Debian tells its Slurm from others by a suffix, which its own start-up scripts hide.
-    (prefix / "bin").mkdir(exist_ok=True)
-    for program in (prefix / "usr" / "sbin").glob("slurm*-wlm"):
-        link = prefix / "bin" / program.name.removesuffix("-wlm")
-        link.unlink(missing_ok=True)
-        link.symlink_to(program.resolve())
-
-
-def main() -> int:
-    """Entry point: up, down or packages."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    up = commands.add_parser("up", help="start a cluster and print how to use it")
-    up.add_argument("dir", nargs="?", type=Path, help="its folder; default: a new one in /tmp")
-    up.add_argument("--nodes", type=int, default=4, help="virtual nodes; default: 4")
-    up.add_argument("--gpus", type=int, default=8, help="pretended GPUs a node; default: 8")
-    up.add_argument("--prefix", type=Path, help="a folder that `packages` made")
-    down = commands.add_parser("down", help="end a cluster")
-    down.add_argument("dir", type=Path, help="the folder it was started in")
-    packages = commands.add_parser("packages", help="fetch Slurm into a folder, without root")
-    packages.add_argument("dir", type=Path, help="where to put it, 14 MB")
-    args = parser.parse_args()
-    try:
-        if args.command == "packages":
-            fetch_packages(args.dir)
-            print(f"Slurm is in {args.dir}; use it with: up --prefix {args.dir}")
-        elif args.command == "down":
-            Cluster(args.dir).down()
-        else:
-            root = args.dir or Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-            cluster = Cluster(root, nodes=args.nodes, gpus=args.gpus, prefix=args.prefix)
-            cluster.up()
-            for name, value in cluster.variables.items():
-                print(f"export {name}={shlex.quote(value)}")
-            here = shlex.quote(sys.argv[0])
-            print(f"# to end it: python3 {here} down {shlex.quote(str(root))}")
-    except ClusterError as error:
-        print(f"cluster: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 from launch.local import CommandBuilder, RankCommand
-from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_node import Work
 from megatron_vl.run.folder import RunFolder, StageFolder
 
+DRAWN = Path(__file__).parents[1] / "support" / "stages" / "init.yaml"
 LAPTOP = Path(__file__).parents[2] / "stages" / "laptop"
 
 FINISHES = """
@@ -24,7 +25,9 @@ for step in range(1, entry["steps"] + 1):
     append_metrics(stage.metrics_path, dict(step=step, loss=5.0 / step, lr=1e-3, grad_norm=1.0,
         tokens=512, samples=8, tokens_per_s=100.0, tflops=0.1, mfu=0.1, hfu=0.1,
         seconds=0.1, data_wait_s=0.0, save_stall_s=0.0, bubble=None))
-append_metrics(stage.metrics_path, dict(eval="qa", step=step, loss=1.25))
+append_metrics(stage.metrics_path, dict(eval="val", step=step, loss=1.25))
+append_metrics(stage.metrics_path, dict(eval="init", step=step, loss=3.5, sources=dict(qa=1.75),
+    modalities=dict(image=2.25)))
 folder = stage.checkpoints / "last"; folder.mkdir(parents=True, exist_ok=True)
 (folder / "weights").write_text(stage.name)
 parent = run.parent(stage)
@@ -44,18 +47,15 @@ SILENT = "pass"
 def write_recipe(folder: Path, steps: int = 2) -> Path:
     """A recipe folder with the stages init and stage0."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("init", "stage0"):
-        text = f"base: {LAPTOP / name}.yaml\ntrain: {{steps: {steps}}}\n"
-        (folder / f"{name}.yaml").write_text(text)
+    for base in (DRAWN, LAPTOP / "stage0.yaml"):
+        (folder / base.name).write_text(f"base: {base}\ntrain: {{steps: {steps}}}\n")
     return folder
 
 
 def programs(**by_stage: str | list[str]) -> CommandBuilder:
     """A command builder: the program of each rank of each stage; stages not named finish."""
 
-    def build(
-        run: RunFolder, stage: StageFolder, config: StageConfig, attempt: int
-    ) -> list[RankCommand]:
+    def build(run: RunFolder, stage: StageFolder, work: Work, attempt: int) -> list[RankCommand]:
         chosen = by_stage.get(stage.name, FINISHES)
         texts = [chosen] if isinstance(chosen, str) else chosen
         folder = stage.attempt_path(attempt)

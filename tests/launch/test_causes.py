@@ -27,6 +27,7 @@ GONE = "RuntimeError: [pair.cc] Connection closed by peer [10.0.0.1]:4711"
         (Evidence(said="torch.OutOfMemoryError: CUDA out of memory."), "out_of_memory"),
         (Evidence(said="RuntimeError: DefaultCPUAllocator: can't allocate"), "out_of_memory"),
         (Evidence(said="OSError: [Errno 28] No space left on device"), "disk_full"),
+        (Evidence(said="WriteError: rank 1: [Errno 27] File too large"), "disk_full"),
         (Evidence(said="NonFiniteLossError: the loss is nan"), "not_finite"),
         (Evidence(said="CheckpointError: step_7 does not fit"), "bad_checkpoint"),
         (Evidence(said="ValueError: empty (megatron_vl/data/blend.py:9)"), "bad_data"),

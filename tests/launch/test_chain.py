@@ -15,9 +15,10 @@ import pytest
 from launch import exit_codes
 from launch.chain import Cancelled, Supervisor, _signals_raise
 from launch.cli import main
+from launch.graph import Selection
 from launch.lock import BusyError, RunLock, holder
 from launch.site import load_site
-from launch.submission import Selection, prepare, select
+from launch.submission import prepare
 from megatron_vl.config.errors import ConfigError
 from megatron_vl.run.folder import ParentError, RunError, RunFolder
 from tests.launch.small_recipe import FAILS, FINISHES, SILENT, SLEEPS, programs, write_recipe
@@ -192,16 +193,6 @@ def test_a_skipped_stage_stays_out_until_it_is_selected(tmp_path: Path) -> None:
     assert [stage.name for stage in run.stages()] == ["init"]
     prepare(recipe, run, Selection(), "local")
     assert [stage.name for stage in run.stages()] == ["init", "stage0"]
-
-
-def test_selection_bounds() -> None:
-    names = ["init", "stage0", "stage1", "stage2"]
-    assert select(names, Selection("stage0", "stage1")) == ["stage0", "stage1"]
-    assert select(names, Selection(skip=("stage1",))) == ["init", "stage0", "stage2"]
-    with pytest.raises(ConfigError, match="--from stage9: no such stage; there are init"):
-        select(names, Selection("stage9"))
-    with pytest.raises(ConfigError, match="leave no stage"):
-        select(names, Selection("stage2", "stage1"))
 
 
 def test_one_supervisor_a_run(run: RunFolder) -> None:

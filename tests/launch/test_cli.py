@@ -10,8 +10,10 @@ import pytest
 
 from launch import exit_codes
 from launch.cli import build_parser, main
-from launch.submission import Selection, prepare
+from launch.graph import Selection
+from launch.submission import prepare
 from megatron_vl.run.folder import RunFolder
+from tests.conftest import DRAWN
 from tests.launch.small_recipe import LAPTOP, write_recipe
 from tests.launch.test_chain import supervise
 
@@ -64,9 +66,10 @@ def test_every_command_has_help_with_an_example_that_parses() -> None:
             leaves.append(parser)
     assert len(leaves) >= 14
     for parser in leaves:
-        example = parser.format_help().split("example:\n  mvl ")[1].strip()
-        words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", example)]
-        assert build_parser().parse_args(words).handler, parser.prog
+        examples = parser.format_help().split("example:\n  mvl ")[1].strip().split("\n  mvl ")
+        for example in examples:
+            words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", example)]
+            assert build_parser().parse_args(words).handler, parser.prog
 
 
 def test_the_documented_exit_codes_are_the_real_ones() -> None:
@@ -82,7 +85,7 @@ def test_the_documented_exit_codes_are_the_real_ones() -> None:
         (["plan", str(LAPTOP), "train.stepz=1"], 2, "nearest valid key is 'train.steps'"),
         (["plan", str(LAPTOP), "--from", "stage9"], 2, "no such stage"),
         (["status", "/no/such/run"], 2, "no run here"),
-        (["config", "explain", str(LAPTOP / "init.yaml"), "lr"], 2, "nearest valid key"),
+        (["config", "explain", str(DRAWN), "lr"], 2, "nearest valid key"),
         (["report", "/no/such/run"], 2, "not a run folder"),
     ],
 )
@@ -103,14 +106,14 @@ def test_problems_of_all_stages_come_together(capsys: pytest.CaptureFixture[str]
 
 
 def test_plan_counts_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(LAPTOP), "--until", "stage0", "--json"]) == 0
+    assert main(["plan", str(LAPTOP), "--until", "stage1", "--json"]) == 0
     first, second = json.loads(capsys.readouterr().out)["stages"]
-    assert (first["stage"], first["carries"]) == ("init", "random weights")
-    assert second["trainable"] == ["projector"]
-    assert second["tokens"] == second["sequences"] * 512
-    assert second["starts_from"] == "init, fresh projector"
-    assert first["parameters"] == first["trainable_parameters"] == second["parameters"]
-    assert second["trainable_parameters"] < second["parameters"] / 4
+    assert (first["stage"], first["trainable"]) == ("stage0", ["projector"])
+    assert first["tokens"] == first["sequences"] * 512
+    assert first["starts_from"] == "init, fresh projector"
+    assert (second["carries"], second["starts_from"]) == ("previous weights", "stage0")
+    assert second["parameters"] == second["trainable_parameters"] == first["parameters"]
+    assert first["trainable_parameters"] < first["parameters"] / 4
     assert main(["plan", str(LAPTOP)]) == 0
     text = capsys.readouterr().out
     assert "stage4" in text
@@ -158,7 +161,7 @@ def test_an_attempt_whose_supervisor_vanished_is_lost(
 def test_train_refuses_what_the_run_was_not_planned_with(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", str(LAPTOP / "init.yaml"), "--run", str(run.path)]) == 2
+    assert main(["train", str(DRAWN), "--run", str(run.path)]) == 2
     assert "not the configuration this run was planned with" in capsys.readouterr().err
 
 

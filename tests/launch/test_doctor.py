@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +52,45 @@ def test_a_failing_all_reduce_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> N
     rate, problem = doctor.all_reduce()
     assert rate is None
     assert problem.startswith("the all-reduce between two ranks failed")
+
+
+ROWS = """\
+0, NVIDIA H100 80GB HBM3, 81559, 41, 0, No
+1, NVIDIA H100 80GB HBM3, 81559, 43, 7, Yes
+2, Some GPU, [N/A], [N/A], [N/A], [N/A]
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "gpus", "problems"),
+    [
+        (
+            f"cat <<'END'\n{ROWS}END",
+            [
+                "NVIDIA H100 80GB HBM3 (86 GB, 41 C)",
+                "NVIDIA H100 80GB HBM3 (86 GB, 43 C)",
+                "Some GPU",
+            ],
+            [
+                "GPU 1 (NVIDIA H100 80GB HBM3) has 7 uncorrected memory errors",
+                "GPU 1 (NVIDIA H100 80GB HBM3) waits for a reset to retire memory",
+            ],
+        ),
+        ("echo no driver; exit 9", [], ["nvidia-smi failed: no driver"]),
+    ],
+    ids=["three-gpus", "no-driver"],
+)
+def test_gpus_are_named_with_what_makes_them_unfit(
+    program: str,
+    gpus: list[str],
+    problems: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\n{program}\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    report = doctor.examine()
+    assert report.gpus == gpus
+    assert report.problems == problems

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from launch.follow import LiveWatcher, PlainWatcher
-from launch.submission import Selection, prepare
+from launch.graph import Selection
+from launch.submission import prepare
 from launch.summary import duration, first_to_last, print_summary
 from megatron_vl.run.folder import RunFolder, StageFolder
 from megatron_vl.run.metrics import append_metrics
@@ -86,9 +87,7 @@ def test_silence_is_broken(
     clock = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: clock + 6)
     watcher.tick(stage)
-    assert capsys.readouterr().out == (
-        "init: starting: its ranks load their packages (6 s so far)\n"
-    )
+    assert capsys.readouterr().out == ("init: starting: loading its packages (6 s so far)\n")
     step(stage, 4)
     monkeypatch.setattr(time, "monotonic", lambda: clock + 7)
     watcher.tick(stage)

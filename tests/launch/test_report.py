@@ -12,8 +12,9 @@ import pytest
 
 from launch.charts import Chart, Panel, Series, number, smooth, ticks
 from launch.cli import main
+from launch.graph import Selection
 from launch.report import render
-from launch.submission import Selection, prepare
+from launch.submission import prepare
 from megatron_vl.run.folder import RunFolder
 from tests.launch.small_recipe import write_recipe
 from tests.launch.test_chain import supervise
@@ -42,7 +43,11 @@ def test_a_whole_run_on_one_page_without_a_network(run: RunFolder) -> None:
     assert base64.b64encode(b"\x89PNG not really").decode() in page
     assert "&lt;b&gt;a cat&lt;/b&gt;" in page
     assert "2 of 2" in page
-    assert "held-out qa" in page
+    assert "held-out at step 2: 1.25" in page
+    for title, column, loss in (("each stage", "init", "3.500"), ("source", "qa", "1.750")):
+        table = page[page.index(f"by {title}") :].partition("</table>")[0]
+        assert f'<th class="n">{column}</th>' in table
+        assert table.count(f"<b>{loss}</b>") == 2
     assert "goodput 73%" in page
     assert "hardware FLOP utilisation" in page
     assert "share of the pipeline schedule" not in page  # never measured

@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vl.run.journal import Journal, wall_seconds
-from megatron_vl.run.metrics import append_metrics, eval_lines, read_metrics, step_lines
+from megatron_vl.run.metrics import (
+    append_metrics,
+    eval_lines,
+    read_metrics,
+    set_lines,
+    step_lines,
+)
 
 
 def step(number: int, loss: float = 1.0) -> dict[str, float]:
@@ -118,7 +124,8 @@ def test_evaluations_stand_beside_steps(tmp_path: Path) -> None:
     append_metrics(path, {"eval": "ocr", "step": 1, "loss": 3.0})
     records = read_metrics(path)
     assert len(step_lines(records)) == 1
-    assert {line["eval"]: line["loss"] for line in eval_lines(records)} == {"qa": 2.0, "ocr": 3.0}
+    assert {line["eval"]: line["loss"] for line in set_lines(records)} == {"qa": 2.0, "ocr": 3.0}
+    assert eval_lines(records) == []
 
 
 def test_a_line_without_a_key_of_the_contract_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from megatron_vl.run.receipt import (
 CONTRACT = {
     "schema", "run", "stage", "status", "reason", "step", "attempts", "checkpoint", "parent",
     "config_hash", "data_cursor", "trainable", "metrics", "gate", "seconds", "versions", "started",
-    "ended",
+    "ended", "kind", "inputs", "outputs",
 }  # fmt: skip
 
 

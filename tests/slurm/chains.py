@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
+from launch.graph import Selection
 from launch.site import SITES
 from launch.slurm import chain, queue
-from launch.submission import Selection, prepare
+from launch.submission import prepare
 from megatron_vl.run.folder import RunFolder, StageFolder
 from megatron_vl.run.receipt import Receipt
 from slurm.loopback.cluster import Cluster
@@ -28,6 +29,7 @@ class FakeChain:
         steps: of each stage; a step takes `pace` seconds.
         site: sections laid over the site `loopback`.
         faults: what goes wrong, as `fake_rank.py` reads it.
+        write: writes the recipe into a folder.
     """
 
     def __init__(
@@ -40,12 +42,13 @@ class FakeChain:
         site: dict[str, Any] | None = None,
         faults: dict[str, Any] | None = None,
         name: str = "run",
+        write: Callable[..., Path] = write_recipe,
     ) -> None:
         self.cluster = cluster
         self.steps = steps
         self.pace = pace
         self._requeued: dict[str, float] = {}
-        self.recipe = write_recipe(folder / "recipe", steps=steps)
+        self.recipe = write(folder / "recipe", steps=steps)
         self.site = write_site(folder / "site.yaml", site or {})
         self.run = RunFolder(folder / name)
         prepare(self.recipe, self.run, Selection(), str(self.site))
@@ -87,8 +90,8 @@ class FakeChain:
 
     @staticmethod
     def may_run(job: queue.QueuedJob) -> bool:
-        stuck = job.reason in ("DependencyNeverSatisfied", "JobHeldUser")
-        return job.live and not (job.pending and stuck)
+        stuck = job.held or (job.pending and job.reason == "DependencyNeverSatisfied")
+        return job.live and not stuck
 
     def hurry(self) -> None:
         """Start requeued jobs, but not in the second in which their credentials were revoked."""
@@ -164,6 +167,7 @@ class FakeChain:
 def write_site(path: Path, changes: dict[str, Any]) -> Path:
     """The site `loopback` with other values."""
     site = yaml.safe_load((SITES / "loopback.yaml").read_text())
+    site["doctor"] = {"enabled": False}  # a start of Python that most tests need not wait for
     for section, values in changes.items():
         if isinstance(values, dict):
             site[section] = site.get(section, {}) | values

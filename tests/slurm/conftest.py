@@ -11,8 +11,27 @@ import pytest
 from launch.slurm import chain
 from launch.snapshot import take_snapshot
 from megatron_vl.run.folder import RunFolder
-from slurm.loopback.cluster import INSTALL, Cluster, missing_programs
+from slurm.loopback.cluster import Cluster
+from slurm.loopback.packages import INSTALL, missing_programs
 from tests.slurm.chains import FakeChain
+
+POLICY = """
+function slurm_job_submit(job, partitions, uid)
+    if job.account ~= nil and job.account ~= "team" then
+        slurm.log_user("account " .. job.account .. " is not yours; yours is team")
+        return slurm.ERROR
+    end
+    if job.time_limit ~= nil and job.time_limit < 4000000000 and job.time_limit > 240 then
+        slurm.log_user("time limit above 4 hours, which this site does not give")
+        return slurm.ERROR
+    end
+    return slurm.SUCCESS
+end
+function slurm_job_modify(job, record, partitions, uid)
+    return slurm.SUCCESS
+end
+"""
+"""A site's own rules, as sites write them."""
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +42,9 @@ def slurm_cluster() -> Iterator[Cluster]:
         pytest.skip(f"no Slurm here ({', '.join(absent)}); to get it: {INSTALL}")
     # Short, because a unix socket's path is; open, because slurmd insists.
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as folder:
-        cluster = Cluster(Path(folder), nodes=4, gpus=2)
+        cluster = Cluster(Path(folder), nodes=4, gpus=2, policy=POLICY)
         try:
-            cluster.up()
+            cluster.up_while_alive()
             yield cluster
         finally:
             cluster.down()

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -49,8 +50,9 @@ def main(run_path: str, stage_name: str, pace: str) -> None:
                 while stop.look(None, 0.0) is Stop.none:
                     time.sleep(0.02)
             else:
-                (stage.attempt_path(attempt) / "agree" / "gone").touch()
-                fail(fault["do"])
+                if fault["do"] != "deaf":
+                    (stage.attempt_path(attempt) / "agree" / "gone").touch()
+                fail(fault["do"], stage)
         agree(stage, attempt, f"{step}.gradient", rank, Stop.none)
         step += 1
         weights = hashlib.sha256(f"{weights}{stage.name}{step}".encode()).hexdigest()
@@ -88,7 +90,7 @@ def agree(stage: StageFolder, attempt: int, what: str, rank: int, asked: Stop) -
     own.with_suffix(f".{rank}.new").write_text(str(int(asked)))
     own.with_suffix(f".{rank}.new").rename(own)
     others = [folder / f"{what}.{r}" for r in range(int(os.environ["SLURM_STEP_NUM_TASKS"]))]
-    for _ in range(3000):
+    for _ in range(20000):
         if all(path.exists() for path in others):
             return Stop(max(int(path.read_text()) for path in others))
         time.sleep(0.01)
@@ -103,7 +105,7 @@ def faults(run: RunFolder) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def fail(what: str) -> None:
+def fail(what: str, stage: StageFolder) -> None:
     if what == "crash":
         raise RuntimeError("the rank is broken")
     if what == "nan":
@@ -113,8 +115,20 @@ def fail(what: str) -> None:
     if what == "memory":
         resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28))
         bytearray(1 << 30)
-    if what == "disk":
-        raise OSError(28, "No space left on device")
+    if what == "disk":  # in the middle of a save
+        partial = stage.checkpoints / "step_000003.partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / "weights").symlink_to("/dev/full")
+        (partial / "weights").write_text("a beginning")
+    if what == "oom":  # what slurmstepd writes where it watches memory; the rank says nothing
+        with (stage.path / f"slurm-{os.environ['SLURM_JOB_ID']}.out").open("a") as log:
+            log.write("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the ")
+            log.write("step tasks have been OOM Killed.\n")
+        os._exit(1)
+    if what == "deaf":
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        time.sleep(600)
     raise ValueError(f"faults.json: no fault {what!r}")
 
 
@@ -134,7 +148,8 @@ def save(run: RunFolder, stage: StageFolder, step: int, weights: str, attempt: i
     stage.require_current(attempt)
     if not folder.exists():
         partial = folder.with_suffix(".partial")
-        partial.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         (partial / "weights").write_text(weights)
         partial.rename(folder)
         run.journal.append("saved", stage=stage.name, attempt=attempt, step=step, seconds=0.01)

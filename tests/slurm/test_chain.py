@@ -28,6 +28,7 @@ def test_a_chain_runs_in_order_and_is_not_run_twice(
     made.wait_over()
     made.assert_as_undisturbed()
     made.assert_causes("init", [None])
+    queue.point_at(first.new["init"], None)  # as when it starts between the look and the change
     events = [(e["event"], e["stage"]) for e in made.events() if e["event"] != "saved"]
     assert events == [
         ("planned", None),
@@ -79,6 +80,8 @@ def test_an_interrupted_submission_starts_nothing_and_the_next_completes_it(
         ({"job": {"partition": "moon"}}, "set job.partition of the site"),
         ({"job": {"constraint": "h100"}}, "set job.constraint"),
         ({"job": {"memory": "9000G"}}, "or job.memory of the site"),
+        ({"job": {"account": "others"}}, "yours is team(.|\n)*set job.account of the site"),
+        ({"time": {"limit_minutes": 300}}, "above 4 hours(.|\n)*lower time.limit_minutes"),
     ],
 )
 def test_what_slurm_would_refuse_is_refused_before_anything_is_queued(

@@ -1,5 +1,7 @@
 """Job scripts: a pure function; what a name or value holds arrives unchanged or is refused."""
 
+import argparse
+import shlex
 import subprocess
 import sys
 import time
@@ -60,7 +62,9 @@ def job(run: Path, stage: str = "stage0", **changes: object) -> Job:
 
 def test_a_script_is_a_pure_function_and_reads_well() -> None:
     site = load_site("example-pyxis")
-    config = load_stage(LAPTOP / "stage1.yaml", ["parallel.data=16", "train.global_batch=16"])
+    config = load_stage(
+        LAPTOP / "stage1.yaml", ["parallel.data=16", "train.global_batch=16", "evaluation.packs=16"]
+    )
     shape = shape_of(config, site)
     made = job(Path("/runs/demo"))
     text = render(made, site, shape)
@@ -76,6 +80,8 @@ def test_a_script_is_a_pure_function_and_reads_well() -> None:
     ):  # fmt: skip
         assert f"#SBATCH {wanted}" in head
     assert "--container-image=/images/megatron_vl.sqsh" in text
+    look = 'doctor --job "$logs/doctor" --gpus=8 --least-disk-gb=5 --all-reduce --least-gb-s=0'
+    assert look in text
     assert "/runs/demo:/runs/demo" in text
     assert "WANDB_API_KEY" not in "\n".join(line for line in lines if line not in head)
 
@@ -83,9 +89,64 @@ def test_a_script_is_a_pure_function_and_reads_well() -> None:
 def test_apptainer_wraps_the_ranks_and_the_books() -> None:
     text = render(job(Path("/runs/demo")), load_site("example-apptainer"), SHAPE)
     wrapped = "apptainer exec --bind /scratch:/scratch,/runs/demo:/runs/demo --pwd /runs/demo"
-    assert text.count(f"{wrapped} --nv /images/megatron_vl.sif python3 -P -m launch.cli") == 2
+    assert text.count(f"{wrapped} --nv /images/megatron_vl.sif python3 -P -m launch.cli") == 3
     assert "module load apptainer" in text
     assert 'secrets=/home/me/secrets.env\nif [ "$(stat -c %a -- "$secrets")" != 600 ]' in text
+
+
+@pytest.mark.parametrize(("mode", "code"), [(0o644, 2), (0o600, 0)])
+def test_a_secret_reaches_the_ranks_from_a_file_that_only_its_owner_reads(
+    mode: int, code: int, tmp_path: Path
+) -> None:
+    """And from exported variables; the script, which anybody may read, holds neither value."""
+    secrets, seen = tmp_path / "it's secret.env", tmp_path / "seen"
+    secrets.write_text("T_VALUE='a \"b\" $c'\n")
+    secrets.chmod(mode)
+    site = load_site("loopback")
+    site.doctor.enabled = False
+    site.environment.file, site.environment.export = str(secrets), ["PATH", "T_TOKEN"]
+    made = job(tmp_path, workdir=tmp_path, python="showing", command=("train",))
+    (made.folder / "attempts" / "1").mkdir(parents=True)
+    text = render(made, site, SHAPE)
+    assert "#SBATCH --export=PATH,T_TOKEN\n" in text
+    assert '"b"' not in text
+    done = subprocess.run(
+        ["bash", "-c", STANDS_FOR_SLURM + text],
+        env={"SEEN": str(seen), "PATH": "/usr/bin:/bin", "T_TOKEN": "hidden"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code, done.stderr
+    if code:
+        assert "must have mode 0600" in done.stderr
+        assert not seen.exists()
+    else:
+        assert [call[1] for call in _calls(seen)] == ['a "b" $c'] * 3
+
+
+def test_pyxis_reads_the_options_of_a_step_as_they_were_meant(tmp_path: Path) -> None:
+    """Each is one that pyxis registers with srun (its spank_option table), values and all."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for name in ("image", "mounts", "workdir", "name", "save", "env"):
+        parser.add_argument(f"--container-{name}")
+    for name in ("mount-home", "remap-root", "entrypoint", "writable", "readonly"):
+        parser.add_argument(f"--container-{name}", action="store_true")
+        parser.add_argument(f"--no-container-{name}", action="store_true")
+    site = load_site("example-pyxis")
+    site.container.mounts = ["/data:/data:ro", "/scratch/it's:/scratch"]
+    run = tmp_path / "run of 'mine' $x"
+    steps = [line for line in render(job(run), site, SHAPE).splitlines() if "--container-" in line]
+    assert len(steps) == 3
+    for line in steps:
+        words = shlex.split(line.removesuffix("\\").replace('"$@"', ""))
+        options = [word for word in words if "container-" in word]
+        found = parser.parse_args(options)
+        assert found.container_image == site.container.image
+        own = f"{run}:{run}"
+        assert found.container_mounts.split(",") == [*site.container.mounts, own]
+        assert found.container_workdir == str(run)
+        assert found.no_container_mount_home
 
 
 @settings(max_examples=20, deadline=None)
@@ -97,8 +158,9 @@ def test_hostile_names_arrive_unchanged_or_are_refused(
     base = tmp_path_factory.getbasetemp() / "hostile"
     seen = base / "seen"
     site = load_site("loopback")
+    site.doctor.enabled = False
     text, expected = STANDS_FOR_SLURM, []
-    noted = ["--warned", "", "--asked", "", "--slurm", "node1"]
+    noted = ["--warned", "", "--asked", "", "--hung", "", "--slurm", "node1"]
     for run, stage, workdir, value, words in cases:
         plain = [name.replace("/", "_").replace("\0", "_").strip(".") for name in (run, workdir)]
         folder, place = (base / (name or "x") for name in plain)
@@ -171,6 +233,7 @@ def test_slurm_reads_hostile_paths_in_a_header_as_they_are(
     names = ["two words", "a'b\"c", "50%j", "ünï", "$(touch x)`", "#1;&|{}[]*?~!"]
     site = load_site("loopback")
     site.environment.python = "/bin/true"
+    site.doctor.enabled = False
     jobs = {}
     for name in names:
         made = job(tmp_path / name)
@@ -236,7 +299,9 @@ def test_shapes_follow_ranks_rates_and_measurements() -> None:
     assert measured.starts == 4
     assert measured.wall_hours == pytest.approx((work + 4 * (20 + 100)) / 3600)
     site.nodes.tasks = 4
-    six = load_stage(LAPTOP / "stage1.yaml", ["parallel.data=6", "train.global_batch=6"])
+    six = load_stage(
+        LAPTOP / "stage1.yaml", ["parallel.data=6", "train.global_batch=6", "evaluation.packs=6"]
+    )
     with pytest.raises(ConfigError, match=r"6 ranks do not fill .* nearest valid: parallel.data 8"):
         shape_of(six, site)
     site.time.limit_minutes = 3

@@ -19,7 +19,7 @@ from tests.conftest import LAPTOP, REPOSITORY, SmallData, mvl
 from tests.slurm.chains import FakeChain, write_site
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-STAGES = ("init", "stage0")
+STAGES = ("stage0", "stage1")
 SITE = {"time": {"start_seconds": 20, "save_seconds": 5, "lead_seconds": 30, "limit_minutes": 30}}
 
 
@@ -70,9 +70,9 @@ def assert_same_weights(one: RunFolder, other: RunFolder) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """init and stage0 on the local site."""
+    """init, stage0 and stage1 on the local site."""
     run = RunFolder(tmp_path_factory.mktemp("local") / "run")
-    words = ["submit", str(LAPTOP), "--run", str(run.path), "--until", "stage0", "--follow"]
+    words = ["submit", str(LAPTOP), "--run", str(run.path), "--until", "stage1", "--follow"]
     mvl(*words, *settings(small_data))
     return run
 
@@ -82,34 +82,35 @@ def test_two_nodes_of_two_ranks_give_what_the_local_site_gives(
 ) -> None:
     site = write_site(tmp_path / "site.yaml", SITE)
     run = RunFolder(tmp_path / "run")
-    words = ["submit", str(LAPTOP), "--run", str(run.path), "--until", "stage0", "--follow"]
+    words = ["submit", str(LAPTOP), "--run", str(run.path), "--until", "stage1", "--follow"]
     said = mvl(*words, "--site", str(site), *settings(small_data)).stdout
-    assert "stage0: job" in said
+    assert "stage1: job" in said
     assert losses(run) == losses(undisturbed)
     assert_same_weights(run, undisturbed)
     started = [event for event in run.journal.read() if event["event"] == "started"]
-    assert [event["nodes"] for event in started] == ["127.0.0.[11-12]"] * 2
+    nodes = [event["nodes"] for event in started]
+    assert nodes == ["127.0.0.11", "127.0.0.[11-12]", "127.0.0.[11-12]"]
 
 
 def test_warned_killed_and_preempted_it_gives_the_same_weights(
     cluster: Cluster, small_data: SmallData, undisturbed: RunFolder, tmp_path: Path
 ) -> None:
-    """A warning in init; a rank killed in stage0 after a save, then the whole node."""
+    """A warning in stage0; a node lost in stage1 after a save."""
     site = write_site(tmp_path / "site.yaml", SITE | {"requeue": {"node_lost": 5}})
     run = RunFolder(tmp_path / "run")
-    words = ["submit", str(LAPTOP), "--run", str(run.path), "--until", "stage0"]
+    words = ["submit", str(LAPTOP), "--run", str(run.path), "--until", "stage1"]
     mvl(*words, "--site", str(site), *settings(small_data, "checkpoint.every=1"))
-    wait(run, lambda: saved(run, "init", 1))
-    job = queue.jobs_by_stage(run)["init"][-1].id
-    queue.command("scancel", "--batch", "--signal=USR1", job)
     wait(run, lambda: saved(run, "stage0", 1))
+    job = queue.jobs_by_stage(run)["stage0"][-1].id
+    queue.command("scancel", "--batch", "--signal=USR1", job)
+    wait(run, lambda: saved(run, "stage1", 1))
     node = "127.0.0.12"
     cluster.kill_node(node)
     try:
-        wait(run, lambda: run.stage("stage0").last_attempt() >= 2)
+        wait(run, lambda: run.stage("stage1").last_attempt() >= 2)
     finally:
         cluster.revive_node(node)
-    wait(run, lambda: done(run, "stage0"))
+    wait(run, lambda: done(run, "stage1"))
     assert_same_weights(run, undisturbed)
     causes = [e["cause"] for e in run.journal.read() if e["event"] == "ended"]
     assert causes[-1] is None
@@ -120,7 +121,7 @@ def test_ctrl_c_on_the_local_site_saves_and_resume_goes_on(
     small_data: SmallData, undisturbed: RunFolder, tmp_path: Path
 ) -> None:
     run = RunFolder(tmp_path / "run")
-    words = ["submit", str(LAPTOP), "--run", str(run.path), "--until", "stage0", "--follow"]
+    words = ["submit", str(LAPTOP), "--run", str(run.path), "--until", "stage1", "--follow"]
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.cli", *words, *settings(small_data)],
         cwd=REPOSITORY,
@@ -129,10 +130,10 @@ def test_ctrl_c_on_the_local_site_saves_and_resume_goes_on(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    wait(run, lambda: run.exists() and losses(run)["init"])
+    wait(run, lambda: run.exists() and losses(run)["stage0"])
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
-    receipt = run.stage("init").receipt()
+    receipt = run.stage("stage0").receipt()
     assert receipt is not None
     assert receipt.status == "incomplete"
     assert "asked to stop (SIGTERM" in receipt.reason
@@ -161,7 +162,7 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A cluster that forgets a job two seconds after its end."""
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as folder:
         found = Cluster(Path(folder), nodes=2, gpus=0, min_job_age=2)
-        found.up()
+        found.up_while_alive()
         for name, value in found.variables.items():
             monkeypatch.setenv(name, value)
         try:

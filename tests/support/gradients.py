@@ -4,13 +4,11 @@ The packs are made here, so that a test says which micro-batch shows pictures. R
 data-parallel ranks takes every d-th pack, from the r-th.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from megatron_vl.config.load import load_stage
@@ -21,6 +19,7 @@ from megatron_vl.engine.sharding import sharded_tensors
 from megatron_vl.model.initialize import initialize
 from megatron_vl.model.vlm import part_of
 from megatron_vl.train.build import Trainee, build_model, prepare_training
+from megatron_vl.train.record import gather_reduced, gradients_as_weights
 from megatron_vl.train.step import count, run_batch
 from tests.support.packs import pack_of_documents, picture_documents
 
@@ -78,10 +77,10 @@ def gradients_of(trainee: Trainee, config: StageConfig, names: Sequence[str]) ->
     trainee.wrapped.train()
     trainee.wrapped.zero_grad_buffer()
     loss = run_batch(packs, count(packs, trainee), trainee, config, forward_only=False)
-    _gather_reduced(trainee)
+    gather_reduced(trainee)
     learns = {part.value for part in config.train.trainable}
     parts: dict[str, list[Part]] = {}
-    with _gradients_as_weights(trainee):
+    with gradients_as_weights(trainee):
         for shard in sharded_tensors(trainee.module, trainee.groups):
             if part_of(shard.key).value in learns:
                 values = shard.data.detach().clone().view(shard.local_shape)
@@ -124,30 +123,3 @@ def assert_equal_gradients(
     for key, gradient in theirs.items():
         assert distance(ours[key], gradient) < at_most, key
     return theirs
-
-
-def _gather_reduced(trainee: Trainee) -> None:
-    """Complete the gradient buffers: each data-parallel rank has reduced its own part alone."""
-    for buffer in trainee.wrapped.buffers:
-        group = buffer.data_parallel_group
-        for bucket in buffer.buckets:
-            shards = list(bucket.grad_data.chunk(group.size()))
-            own = shards[group.rank()].clone()
-            shards = [torch.empty_like(own) for _ in shards]
-            torch.distributed.all_gather(shards, own, group=group)
-            bucket.grad_data.copy_(torch.cat(shards))
-
-
-@contextmanager
-def _gradients_as_weights(trainee: Trainee) -> Iterator[None]:
-    """Let parameters show their gradients, so that these are described as the weights are."""
-    weights = {}
-    for parameter in trainee.module.parameters():
-        if parameter.requires_grad:
-            weights[parameter] = parameter.data
-            parameter.data = parameter.main_grad.view_as(parameter)
-    try:
-        yield
-    finally:
-        for parameter, data in weights.items():
-            parameter.data = data

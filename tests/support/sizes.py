@@ -1,37 +1,25 @@
 """Model sections the tests count: the published 12B sizes, and one small enough for paper."""
 
+from dataclasses import replace
+
+from megatron_vl.config.load import load_stage
 from megatron_vl.config.schema_model import (
     DecoderConfig,
     EncoderConfig,
     ModelConfig,
     ProjectorConfig,
 )
+from tests.conftest import REPOSITORY
 
-PATTERN_12B = "M-M-M-M*-" + "M-M-M-M*-" * 5 + "M-M-M-M-"
+STAGE_12B = REPOSITORY / "stages" / "nano_12b_v2_vl" / "stage1.yaml"
 
 
 def full_size() -> ModelConfig:
-    """The 12B model with 131072 vocabulary rows."""
-    return ModelConfig(
-        vocab_size=131072,
-        padded_vocab_size=131072,
-        decoder=DecoderConfig(
-            pattern=PATTERN_12B,
-            hidden_size=5120,
-            ffn_hidden_size=20480,
-            num_attention_heads=40,
-            num_query_groups=8,
-            head_dim=128,
-            mamba_num_heads=128,
-            mamba_head_dim=80,
-            mamba_state_dim=128,
-            mamba_num_groups=8,
-        ),
-        encoder=EncoderConfig(
-            num_layers=32, hidden_size=1280, ffn_hidden_size=5120, num_attention_heads=16
-        ),
-        projector=ProjectorConfig(ffn_hidden_size=20480),
-    )
+    """The 12B recipe's model, with 131072 vocabulary rows."""
+    return replace(load_stage(STAGE_12B).model, vocab_size=131072, padded_vocab_size=131072)
+
+
+PATTERN_12B = full_size().decoder.pattern
 
 
 def small(pattern: str = "M-*") -> ModelConfig:
