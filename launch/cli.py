@@ -17,9 +17,10 @@ from launch import exit_codes
 from launch.checkpoint_commands import add_commands as add_checkpoint_commands
 from launch.data_arguments import add_data_commands
 from launch.infer_arguments import add_commands as add_infer_commands
+from launch.run_arguments import RUN as _RUN
+from launch.run_arguments import add_run_commands
 
 _WORKERS = ("train", "node", "check-rank", "doctor-rank", "supervise", "job-begin", "job-end")
-_RUN = "a run folder, such as runs/demo"
 _FILE = "a stage file, such as stages/laptop/stage0.yaml"
 
 
@@ -108,150 +109,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_run_commands(commands)
+    add_run_commands(commands, _command, _override_arguments)
     _add_check_commands(commands)
     _add_watch_commands(commands)
     _add_config_commands(commands)
     _add_model_commands(commands)
     _add_checkpoint_commands(commands)
     return parser
-
-
-def _add_run_commands(commands: Any) -> None:
-    plan = _command(
-        commands, "plan", "launch.plan:main", "Say what would run, and check it.",
-        "mvl plan stages/laptop train.steps=50",
-    )  # fmt: skip
-    _recipe_arguments(plan)
-    plan.add_argument("--json", action="store_true", help="print one JSON object")
-    plan.add_argument("--run", metavar="DIR", help="the run folder; default: runs/RECIPE")
-    plan.add_argument(
-        "--scripts", action="store_true", help="print the job script of every stage too"
-    )
-    plan.add_argument("--out", metavar="DIR", help="write the job scripts into a folder")
-    plan.add_argument(
-        "--diff", metavar="RUN", help="list what submitting this would change about a run"
-    )
-    plan.add_argument(
-        "--build-rank", type=int, metavar="R",
-        help="build this rank of each stage's layout without its weights (with torch): exact bytes",
-    )  # fmt: skip
-    plan.add_argument(
-        "--format", choices=("table", "nemo-run"), default="table",
-        help="nemo-run: print the chain as a Python file for NVIDIA's nemo-run",
-    )  # fmt: skip
-
-    submit = _command(
-        commands, "submit", "launch.submit:submit", "Run the stages of a recipe in order.",
-        "mvl submit stages/laptop --run runs/demo --until stage1 --follow",
-    )  # fmt: skip
-    _recipe_arguments(submit)
-    submit.add_argument(
-        "--run", required=True, metavar="DIR", help="the run folder, such as runs/a"
-    )
-    submit.add_argument(
-        "--follow", action="store_true",
-        help="show progress; on this machine run in the foreground",
-    )  # fmt: skip
-
-    submit.add_argument(
-        "--rehearse", action="store_true",
-        help="on a cluster: the same graph at the laptop's sizes, a few steps on two nodes",
-    )  # fmt: skip
-
-    resume = _command(
-        commands, "resume", "launch.submit:resume", "Go on with a run as it was submitted.",
-        "mvl resume runs/demo --from stage1",
-    )  # fmt: skip
-    resume.add_argument("run", metavar="RUN", help=_RUN)
-    resume.add_argument("--from", dest="first", metavar="S", help="the first stage to run")
-    resume.add_argument("--follow", action="store_true", help="show progress, as for submit")
-
-    cancel = _command(
-        commands, "cancel", "launch.submit:cancel", "Stop a run and all its processes or jobs.",
-        "mvl cancel runs/demo",
-    )  # fmt: skip
-    cancel.add_argument("run", metavar="RUN", help=_RUN)
-    cancel.add_argument(
-        "--now", action="store_true", help="on a cluster: end running jobs without waiting"
-    )
-
-    gate = commands.add_parser("gate", help="Decide about a chain that a gate holds.")
-    inside = gate.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
-    override = _command(
-        inside, "override", "launch.gates:main", "Go on behind a gate that holds, on record.",
-        "mvl gate override runs/demo code_stage3 --reason 'the suite was too small'",
-    )  # fmt: skip
-    override.add_argument("run", metavar="RUN", help=_RUN)
-    override.add_argument("stage", metavar="STAGE", help="the stage or node whose gate holds")
-    override.add_argument("--reason", required=True, metavar="TEXT", help="why; goes on record")
-    override.add_argument("--follow", action="store_true", help="show progress, as for submit")
-
-    train = _command(
-        commands, "train", "launch.train:main", "Train one stage as one rank; `submit` calls this.",
-        "mvl train runs/demo/stages/01_stage0/config.yaml --run runs/demo",
-    )  # fmt: skip
-    train.add_argument("config", metavar="FILE", help="a resolved stage of a run folder")
-    train.add_argument("--run", required=True, metavar="DIR", help=_RUN)
-    _override_arguments(train)
-
-    node = _command(
-        commands, "node", "launch.nodes.main:main", "Do what one node says; `submit` calls this.",
-        "mvl node release --run runs/demo", hidden=True,
-    )  # fmt: skip
-    node.add_argument("stage", metavar="NODE", help="a node of the run, such as release")
-    node.add_argument("--run", required=True, metavar="DIR", help=_RUN)
-
-    supervise = _command(
-        commands, "supervise", "launch.chain:supervise_detached",
-        "Run what a run folder's plan selects; `submit` starts this in the background.",
-        "mvl supervise runs/demo --lock 3 --grace 15", hidden=True,
-    )  # fmt: skip
-    supervise.add_argument("run", metavar="RUN", help=_RUN)
-    supervise.add_argument(
-        "--lock", type=int, required=True, help="inherited file of the run's lock"
-    )
-    supervise.add_argument(
-        "--grace", type=float, required=True, help="seconds from SIGTERM to kill"
-    )
-
-    _add_job_commands(commands)
-    doctor = _command(
-        commands, "doctor", "launch.doctor:main", "Say what this machine has and lacks.",
-        "mvl doctor --quick",
-    )  # fmt: skip
-    doctor.add_argument(
-        "--job", metavar="DIR", help="as a process of a job: write what is found on this node"
-    )
-    doctor.add_argument("--gpus", type=int, default=0, help="with --job: GPUs to expect")
-    doctor.add_argument("--least-disk-gb", type=float, default=0.0, help="with --job: space")
-    doctor.add_argument("--all-reduce", action="store_true", help="with --job: measure it")
-    doctor.add_argument("--least-gb-s", type=float, default=0.0, help="with --job: its bound")
-    doctor.add_argument("--quick", action="store_true", help="leave out the all-reduce")
-    doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    _command(
-        commands, "doctor-rank", "launch.doctor:rank", "One rank of `mvl doctor`.",
-        "mvl doctor-rank", hidden=True,
-    )  # fmt: skip
-
-
-def _add_job_commands(commands: Any) -> None:
-    begin = _command(
-        commands, "job-begin", "launch.slurm.job:begin", "Open an attempt; job scripts call this.",
-        "mvl job-begin runs/demo stage0", hidden=True,
-    )  # fmt: skip
-    end = _command(
-        commands, "job-end", "launch.slurm.job:end", "Close an attempt; job scripts call this.",
-        "mvl job-end runs/demo stage0 1", hidden=True,
-    )  # fmt: skip
-    for parser in (begin, end):
-        parser.add_argument("run", metavar="RUN", help=_RUN)
-        parser.add_argument("stage", metavar="STAGE", help="a stage, such as stage0")
-    end.add_argument("attempt", metavar="N", type=int, help="the attempt")
-    end.add_argument("--warned", default="", help="not empty when the time limit's warning came")
-    end.add_argument("--asked", default="", help="not empty when the job was asked to stop")
-    end.add_argument("--hung", default="", help="not empty when ranks did not heed the warning")
-    end.add_argument("--slurm", default="", help="what `scontrol show job` says")
 
 
 def _add_check_commands(commands: Any) -> None:
@@ -378,19 +242,6 @@ def _command(
     )
     parser.set_defaults(handler=handler)
     return parser
-
-
-def _recipe_arguments(parser: Any) -> None:
-    parser.add_argument(
-        "recipe", metavar="STAGES", help="a recipe folder or one of its stage files"
-    )
-    parser.add_argument("--site", default="local", help="a file of slurm/sites; default: local")
-    parser.add_argument("--from", dest="first", metavar="S", help="the first stage to run")
-    parser.add_argument("--until", dest="last", metavar="S", help="the last stage to run")
-    parser.add_argument(
-        "--skip", action="append", default=[], metavar="S", help="leave a stage out; repeatable"
-    )
-    _override_arguments(parser)
 
 
 def _override_arguments(parser: Any) -> None:

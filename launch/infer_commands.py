@@ -28,7 +28,7 @@ def generate(args: Namespace) -> int:
 
 def evaluate(args: Namespace) -> int:
     """Write metrics of a model, of other tools' results, or of a command."""
-    from megatron_vl.infer.metrics_file import run_command, write_metrics
+    from megatron_vl.run.metrics_file import run_command, write_metrics
     from megatron_vl.run.result_files import merge, read_results
 
     if not args.checkpoint and (args.external or not args.results):

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import time
 from argparse import Namespace
 from collections import Counter
@@ -27,6 +26,7 @@ from pathlib import Path
 from launch import exit_codes
 from launch.attempt import Events
 from launch.causes import Cause
+from launch.gpus import read_gpus
 from megatron_vl.run import atomic
 from megatron_vl.run.versions import versions
 
@@ -34,7 +34,6 @@ FOLDER = "doctor"
 """In the attempt's folder: one file a process, and `NAME.well` beside those that found no fault."""
 NODES = "nodes"
 """In the attempt's folder: the names of the job's nodes, one a line."""
-_HEALTH = "index,name,ecc.errors.uncorrected.volatile.total,retired_pages.pending"
 _MEGABYTES = 64
 _ROUNDS = 5
 _NODE = re.compile(r"[A-Za-z0-9_.-]+")
@@ -174,27 +173,12 @@ def _look(report: NodeReport, gpus: int, least_disk_gb: float, folder: Path) -> 
         )
     if not gpus:
         return
-    rows, said = _gpu_rows()
-    report.gpus = [row[1] for row in rows]
-    if len(rows) < gpus:
-        seen = f"nvidia-smi lists {len(rows)} GPUs of {gpus}"
+    found, said = read_gpus()
+    report.gpus = [gpu.name for gpu in found]
+    if len(found) < gpus:
+        seen = f"nvidia-smi lists {len(found)} GPUs of {gpus}"
         report.problems.append(f"{seen}: {said}" if said else seen)
-    for index, name, errors, pending in rows:
-        if errors.isdigit() and int(errors):
-            report.broken.append(f"GPU {index} ({name}) has {errors} uncorrected memory errors")
-        if pending == "Yes":
-            report.broken.append(f"GPU {index} ({name}) waits for a reset to retire memory")
-
-
-def _gpu_rows() -> tuple[list[list[str]], str]:
-    """Index, name, uncorrected errors and pending retirements of every GPU; and what was said."""
-    words = ["nvidia-smi", f"--query-gpu={_HEALTH}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return [], str(error)
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
-    return [row for row in rows if len(row) == 4], done.stderr.strip() if done.returncode else ""
+    report.broken += [problem for gpu in found for problem in gpu.problems]
 
 
 def _all_reduce(rank: int) -> float:

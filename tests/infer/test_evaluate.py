@@ -15,8 +15,8 @@ from megatron_vl.config.load import load_stage
 from megatron_vl.infer import evaluate
 from megatron_vl.infer.evaluate import SHORT_ANSWER, measure
 from megatron_vl.infer.held_out import encode, read_held_out, with_media_of
-from megatron_vl.infer.metrics_file import run_command
 from megatron_vl.infer.model import OpenModel
+from megatron_vl.run.metrics_file import run_command
 from tests.conftest import LAPTOP, SmallData
 from tests.support.models import perturbed_model
 from tests.support.packs import run_pack

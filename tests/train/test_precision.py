@@ -8,7 +8,7 @@ from megatron_vl.model.radio import PIXEL_MEAN, PIXEL_STD
 from tests.train import jobs
 from tests.train.conftest import MakeConfig
 
-STEPS = 5
+STEPS = 12
 
 
 def test_bfloat16_follows_float32(world: None, stage: MakeConfig) -> None:
