@@ -12,16 +12,14 @@ Optimizer moments are made at the first step; their bytes are those of the shard
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_vl.config.schema import Precision, StageConfig
 from megatron_vl.cost.bytes import MOMENT_BYTES, RankBytes
-from megatron_vl.engine.layer_specs import Blocks, blocks_for
+from megatron_vl.engine.layer_specs import blocks_for
 from megatron_vl.engine.meta import meta_device, pretend_rank
 from megatron_vl.engine.platform import PLATFORM
-from megatron_vl.model.vlm import VisionLanguageModel
-from megatron_vl.train.build import Trainee, prepare_training
+from megatron_vl.train.build import Trainee, bare_model, prepare_training
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def build_rank(config: StageConfig, rank: int) -> BuiltRank:
             f"{min(max(rank, 0), ranks - 1)}"
         )
     with pretend_rank(config.parallel, rank) as groups, meta_device():
-        module = _module(config, groups, blocks_for(PLATFORM))
+        module = bare_model(config, groups, blocks_for(PLATFORM))
         trainee = prepare_training(module, config, groups)
         parameters = list(module.parameters())
         return BuiltRank(
@@ -70,21 +68,6 @@ def build_rank(config: StageConfig, rank: int) -> BuiltRank:
             trainable=sum(trainee.trainable.values()),
             bytes=_bytes(trainee, config),
         )
-
-
-def _module(
-    config: StageConfig, groups: ProcessGroupCollection, blocks: Blocks
-) -> VisionLanguageModel:
-    return VisionLanguageModel(
-        config.model,
-        config.parallel,
-        config.precision,
-        blocks,
-        groups,
-        sequence_length=config.data.sequence_length,
-        pre_process=groups.pp.rank() == 0,
-        post_process=groups.pp.rank() == groups.pp.size() - 1,
-    )
 
 
 def _bytes(trainee: Trainee, config: StageConfig) -> RankBytes:

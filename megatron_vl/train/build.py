@@ -67,7 +67,21 @@ def build_model(
     if blocks is None:
         plain = config.distill.student is StudentFormat.none
         blocks = blocks_for(PLATFORM) if plain else open_blocks(PLATFORM)
-    module = VisionLanguageModel(
+    module = bare_model(config, groups, blocks)
+    mark_tensor_parallel(module)
+    stack = module.language_model.decoder
+    mark_decoder(stack.layers, stack.layer_type_list, config.recompute)
+    if module.pre_process:
+        mark_encoder(module.vision_model.decoder.layers, config.recompute)
+    _refuse_lost_layers(module, config, groups)
+    return module
+
+
+def bare_model(
+    config: StageConfig, groups: ProcessGroupCollection, blocks: Blocks
+) -> VisionLanguageModel:
+    """This rank's modules, on whatever device is the default, unmarked and unchecked."""
+    return VisionLanguageModel(
         config.model,
         config.parallel,
         config.precision,
@@ -78,13 +92,6 @@ def build_model(
         post_process=groups.pp.rank() == groups.pp.size() - 1,
         loss_chunk=config.train.loss_chunk,
     )
-    mark_tensor_parallel(module)
-    stack = module.language_model.decoder
-    mark_decoder(stack.layers, stack.layer_type_list, config.recompute)
-    if module.pre_process:
-        mark_encoder(module.vision_model.decoder.layers, config.recompute)
-    _refuse_lost_layers(module, config, groups)
-    return module
 
 
 def _refuse_lost_layers(
