@@ -1,9 +1,10 @@
 """Where a run's hours went: useful, lost and waiting, by stage, from the run folder alone.
 
-Useful are the steps and evaluations that the last checkpoint remembers; waiting is the time in the
-queue, when nothing is held; lost is the rest of the time in which ranks were held: starts, saves,
-steps done twice, failed attempts. An attempt that was cut off without a word counts as lost until
-the next one began, because nobody wrote down when it ended. Needs no accounting of the cluster.
+Useful are the steps and evaluations that the last checkpoint remembers, and of a node the work that
+its receipt states; waiting is the time in the queue, when nothing is held; lost is the rest of the
+time in which ranks were held: starts, saves, steps done twice, failed attempts. An attempt that was
+cut off without a word counts as lost until the next one began, because nobody wrote down when it
+ended. Needs no accounting of the cluster.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from datetime import datetime
 
 from launch.attempt import Events
 from launch.tables import print_table
-from megatron_vl.run.folder import RunFolder
+from megatron_vl.run.folder import RunFolder, StageFolder
 from megatron_vl.run.goodput import useful_seconds
 from megatron_vl.run.metrics import read_metrics
 
@@ -51,10 +52,18 @@ def stage_hours(run: RunFolder) -> list[StageHours]:
             elif event["event"] == "ended" and attempts:
                 held += _seconds(begun, event["time"])
         if attempts:
-            useful = useful_seconds(read_metrics(stage.metrics_path))
+            useful = _useful(stage)
             lost = max(0.0, held - useful)
             found.append(StageHours(stage.name, ranks, attempts, useful, lost, waiting))
     return found
+
+
+def _useful(stage: StageFolder) -> float:
+    """Of a stage what its last checkpoint remembers; of a node the attempt that did it."""
+    receipt = stage.receipt()
+    if receipt is not None and receipt.kind != "train":
+        return receipt.seconds.useful
+    return useful_seconds(read_metrics(stage.metrics_path))
 
 
 def hour_rows(hours: list[StageHours]) -> list[dict[str, str]]:

@@ -10,6 +10,7 @@ from launch.graph import Selection
 from launch.submission import prepare
 from megatron_vl.run.folder import RunFolder
 from megatron_vl.run.metrics import STEP_KEYS, append_metrics
+from megatron_vl.run.receipt import Receipt, Seconds
 from tests.launch.small_recipe import write_recipe
 
 HOUR = "2026-01-01T{:02d}:{:02d}:00+00:00"
@@ -66,3 +67,28 @@ def test_a_run_that_has_not_started_has_none(
     prepare(write_recipe(tmp_path / "recipe"), run, Selection(), "local")
     print_hours(stage_hours(run))
     assert capsys.readouterr().out == ""
+
+
+def test_a_node_is_useful_by_what_its_receipt_states(run: RunFolder) -> None:
+    """It takes no steps, so no line of metrics tells."""
+    run.stage("stage0").write_receipt(
+        Receipt(
+            run=run.name,
+            stage="stage0",
+            status="done",
+            reason="measured 2 metrics of init",
+            step=0,
+            attempts=1,
+            checkpoint=None,
+            parent=None,
+            config_hash="0" * 64,
+            data_cursor=None,
+            trainable=[],
+            started=at(67),
+            ended=at(107),
+            seconds=Seconds(useful=2000.0),
+            kind="evaluate",
+        )
+    )
+    node = stage_hours(run)[1]
+    assert (node.useful, node.lost) == (2000.0, 400.0)
