@@ -18,8 +18,8 @@ NVIDIA_SMI = """#!/bin/sh
 # Two GPUs; on SICK the second has memory errors.
 errors=0
 case " SICK " in *" $SLURMD_NODENAME "*) errors=12 ;; esac
-echo "0, A GPU, 0, No"
-echo "1, A GPU, $errors, No"
+echo "0, A GPU, 81559, 40, 0, No"
+echo "1, A GPU, 81559, 41, $errors, No"
 """
 
 
