@@ -11,20 +11,18 @@ import json
 import shutil
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from launch import exit_codes
+from launch.all_reduce import MEGABYTES, measure_all_reduce
 from launch.gpus import read_gpus
 from launch.local import RankCommand, RankGroup, end_with_parent, rank_environment
 from launch.reasons import last_exception
 from launch.slurm.queue import slurm_is_here
 from launch.tables import print_table
 
-_MEGABYTES = 64
-_ROUNDS = 5
 _LEAST_DISK_GB = 5.0
 
 
@@ -141,20 +139,9 @@ def rank(args: Namespace) -> int:
     torch.distributed.init_process_group("nccl" if on_gpus else "gloo")
     try:
         number = torch.distributed.get_rank()
-        device = torch.device("cuda", number) if on_gpus else torch.device("cpu")
-        values = torch.full((_MEGABYTES * 250_000,), 1.0 + number, device=device)
-        torch.distributed.all_reduce(values)
-        if float(values[0]) != 3.0 or float(values[-1]) != 3.0:
-            raise RuntimeError(f"1 + 2 over two ranks gave {float(values[0])}")
-        best = 0.0
-        for _ in range(_ROUNDS):
-            torch.distributed.barrier()
-            begun = time.perf_counter()
-            torch.distributed.all_reduce(values)
-            float(values[0])  # waits for a GPU too
-            best = max(best, _MEGABYTES / 1e3 / (time.perf_counter() - begun))
+        rate = measure_all_reduce(f"cuda:{number}" if on_gpus else "cpu")
         if number == 0:
-            print(f"{best:.2f}")
+            print(f"{rate:.2f}")
     finally:
         torch.distributed.destroy_process_group()
     return exit_codes.OK
@@ -196,7 +183,7 @@ def _print(report: Report) -> None:
     print(f"disk: {report.disk_gb:.1f} GB free in {Path.cwd()}")
     if report.all_reduce_gb_s is not None:
         rate = f"{report.all_reduce_gb_s:.2f} GB/s"
-        print(f"all-reduce of {_MEGABYTES} MB between two ranks here: {rate}")
+        print(f"all-reduce of {MEGABYTES} MB between two ranks here: {rate}")
     for problem in report.problems:
         print(f"problem: {problem}")
     if not report.problems:

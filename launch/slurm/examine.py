@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import socket
-import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from launch import exit_codes
+from launch.all_reduce import measure_all_reduce
 from launch.attempt import Events
 from launch.causes import Cause
 from launch.gpus import read_gpus
@@ -34,8 +34,6 @@ FOLDER = "doctor"
 """In the attempt's folder: one file a process, and `NAME.well` beside those that found no fault."""
 NODES = "nodes"
 """In the attempt's folder: the names of the job's nodes, one a line."""
-_MEGABYTES = 64
-_ROUNDS = 5
 _NODE = re.compile(r"[A-Za-z0-9_.-]+")
 _PATIENCE = timedelta(seconds=120)
 
@@ -194,18 +192,7 @@ def _all_reduce(rank: int) -> float:
         "nccl" if on_gpus else "gloo", rank=rank, world_size=size, timeout=_PATIENCE
     )
     try:
-        values = torch.empty(_MEGABYTES * 250_000, device="cuda" if on_gpus else "cpu")
-        best = 0.0
-        for _ in range(_ROUNDS):
-            values.fill_(1.0)
-            torch.distributed.barrier()
-            begun = time.perf_counter()
-            torch.distributed.all_reduce(values)
-            total = float(values[-1])  # waits for a GPU too
-            best = max(best, _MEGABYTES / 1e3 / (time.perf_counter() - begun))
-            if total != size:
-                raise RuntimeError(f"an all-reduce of ones over {size} ranks gave {total}")
-        return best
+        return measure_all_reduce("cuda" if on_gpus else "cpu")
     finally:
         torch.distributed.destroy_process_group()
 
