@@ -1,6 +1,7 @@
 """`mvl checkpoint export`: a checkpoint of any layout to a folder that Hugging Face programs load.
 
-Streams: names are mapped and tensors transformed one rule at a time, on the CPU, without a model.
+Streams: names are mapped and tensors transformed rule by rule, on the CPU, without a model; the
+checkpoint is compared with its receipt meanwhile, while its pages are in memory.
 Padding rows of the vocabulary are no tokens and stay behind unless asked for. `bf16` casts every
 floating tensor to bfloat16, as the published weights are; `fp32` widens or keeps to float32; `fp8`
 and `nvfp4` quantize the decoder's linears with calibrated inputs (`quantized_layout`).
@@ -10,6 +11,7 @@ the model's, image handling that the exported processor does not have, an OUT th
 """
 
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from checkpoint_tools import release_files
 from checkpoint_tools.errors import ConversionError
 from checkpoint_tools.explain import PROVENANCE_FILE, provenance
+from checkpoint_tools.lineage import longest_sequence
 from checkpoint_tools.name_rules import Growth, name_table
 from checkpoint_tools.names import NameTable
 from checkpoint_tools.published_config import published_config
@@ -26,7 +29,6 @@ from checkpoint_tools.published_folder import (
     CHECKSUMS_FILE,
     CONFIG_FILE,
     INDEX_FILE,
-    SAFETENSORS,
     index_text,
     shard_name,
 )
@@ -44,7 +46,7 @@ from checkpoint_tools.quantized_layout import (
     quantizer,
     read_amax,
 )
-from checkpoint_tools.safetensors_file import TensorSpec
+from checkpoint_tools.safetensors_file import TensorSpec, plan_file
 from checkpoint_tools.stage_source import StageSource, open_stage
 from checkpoint_tools.streaming import Record, Report, Stream, Task, cast, plan_shards, spec_of
 from checkpoint_tools.tensor_bytes import DTYPE_NAMES
@@ -70,7 +72,7 @@ class ExportOptions:
         format: a name of `FORMATS`.
         shard_bytes: most bytes of one shard.
         keep_padding: publish the vocabulary's padding rows too.
-        check_digest: compare the files with the stage's receipt first; reads all of them.
+        check_digest: compare the files with the stage's receipt meanwhile; reads all of them.
         tokenizer: a tokenizer.json; by default the one beside the checkpoint or its data.
         layout: of the quantized formats, a name of `LAYOUTS`.
         amax: calibrated inputs, an amax.safetensors; the quantized formats need it, unless a
@@ -94,8 +96,6 @@ def export(path: Path, out: Path, options: ExportOptions, report: Report) -> Non
     """
     source = open_stage(path)
     files = release_files.gather(source, options.tokenizer)
-    if options.check_digest:
-        source.check_digest()
     rows = source.config.model.vocab_size
     if options.keep_padding:
         rows = source.config.model.padded_vocab_size
@@ -117,15 +117,34 @@ def export(path: Path, out: Path, options: ExportOptions, report: Report) -> Non
             lambda name: constants[name] if name in constants else source.checkpoint.read(name),
             workspace,
             workspace.path,
-            SAFETENSORS,
+            plan_file,
             report,
         )
-        records = stream.run(shards)
-        said = config_files(source, table, rows, options.format, chosen, files)
+        with ThreadPoolExecutor(1) as beside:
+            described = beside.submit(
+                config_files, source, table, rows, options.format, chosen, files
+            )
+            checked = beside.submit(source.check_digest) if options.check_digest else None
+            records = stream.run(shards)
+            _accept(checked, workspace)
+        said = described.result()
         for name, value in said.items():
             (workspace.path / name).write_text(json.dumps(value, indent=2) + "\n")
         _write_rest(workspace.path, source, files, said[CONFIG_FILE], records, chosen)
         workspace.publish()
+
+
+def _accept(checked: Future[None] | None, workspace: Workspace) -> None:
+    """Wait for the comparison of a checkpoint with its receipt.
+
+    Raises ConversionError where it differs; what was made of it is dropped.
+    """
+    try:
+        if checked is not None:
+            checked.result()
+    except ConversionError:
+        workspace.clear()
+        raise
 
 
 def _quantization(
@@ -136,7 +155,8 @@ def _quantization(
     amax = options.amax or source.trained_amax
     if amax is None:
         raise ConversionError(
-            f"--format {options.format} needs the calibrated inputs: --amax amax.safetensors"
+            f"--format {options.format} needs the calibrated inputs: --amax amax.safetensors, "
+            "which `mvl checkpoint calibrate` makes"
         )
     inputs, made = read_amax(amax, table.rules), Calibration.read(amax)
     if made.digest != source.digest:
@@ -159,12 +179,16 @@ def export_tasks(
     tasks = []
     for rule in table.rules:
         inputs = tuple(slot.name for slot in rule.stored)
+        stored = [source.checkpoint.tensors[name] for name in inputs]
+        held = sum(spec.num_bytes for spec in stored)
         if chosen is not None and applies(rule):
-            tasks.append(Task(inputs, outputs(rule, chosen), quantizer(rule, chosen)))
+            tasks.append(Task(inputs, outputs(rule, chosen), quantizer(rule, chosen), held))
             continue
-        stored = source.checkpoint.tensors[inputs[0]].dtype
-        specs = {slot.name: cast(dtype, TensorSpec(stored, slot.shape)) for slot in rule.published}
-        tasks.append(Task(inputs, specs, rule.to_published))
+        specs = {
+            slot.name: cast(dtype, TensorSpec(stored[0].dtype, slot.shape))
+            for slot in rule.published
+        }
+        tasks.append(Task(inputs, specs, rule.to_published, held))
     return constants + tasks
 
 
@@ -182,7 +206,8 @@ def config_files(
         rows: of the vocabulary, as published.
     """
     dtype = str(FORMATS[format_name]).removeprefix("torch.")
-    config = published_config(source.config, rows, dtype, files.ids)
+    longest = longest_sequence(source.ancestors)
+    config = published_config(source.config, rows, dtype, files.ids, longest)
     if chosen is None:
         return {CONFIG_FILE: config}
     config["quantization_config"] = quantization_config(chosen, table.rules)

@@ -18,13 +18,12 @@ from checkpoint_tools.names import Constant
 from checkpoint_tools.safetensors_file import (
     SUFFIX,
     Entry,
-    SafetensorsWriter,
     TensorSpec,
     read_entry,
     read_header,
     unique_keys,
 )
-from checkpoint_tools.streaming import Format, Record
+from checkpoint_tools.streaming import Record
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -142,7 +141,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; ConversionError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
         raise ConversionError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise ConversionError(f"{path} holds no JSON object")
@@ -159,11 +160,3 @@ def index_text(records: Mapping[str, Record], specs: Mapping[str, TensorSpec]) -
     size = sum(spec.num_bytes for spec in specs.values())
     weight_map = {name: file for file, record in records.items() for name in record}
     return json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1) + "\n"
-
-
-def _read_back(path: Path, name: str, _: dict[str, Any]) -> Tensor:
-    return read_entry(path, read_header(path)[name])
-
-
-SAFETENSORS = Format(SafetensorsWriter, _read_back)
-"""Published shards as `streaming` writes them."""

@@ -31,10 +31,9 @@ GROUP = 16
 """Columns that share a block scale."""
 _OF_ZEROS = {False: 1.0, True: 0.125}
 """Block scale of sixteen zeros, by `inverse`: what either tool writes."""
-_BORDERS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-_TIES_GO_UP = (False, True, False, True, False, True, False)
-"""At a border the even code wins: the upper one where it is even."""
-_BLOCK_NUMBERS = 1 << 22
+_SMALLEST_STEP = 2.0**-149
+_BLOCK_NUMBERS = 1 << 18
+"""Numbers done at a time: what is made of them on the way stays in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ def amax(weight_RK: Tensor) -> Tensor:
     Raises:
         ValueError: it is infinite or NaN.
     """
-    largest = torch.stack([rows.abs().max().float() for rows in _rows(weight_RK)]).max()
+    low, high = torch.aminmax(weight_RK)
+    largest = torch.maximum(-low, high).float()
     if not bool(largest.isfinite()):
         raise ValueError("a weight is infinite or NaN and cannot be quantized")
     return largest.clamp(min=torch.finfo(torch.float32).tiny)
@@ -71,8 +71,7 @@ def to_fp8(weight_RK: Tensor, scale: Tensor) -> Tensor:
     """E4M3 bytes (R, K) of a weight; what exceeds the range saturates."""
     quantized_RK = torch.empty(weight_RK.shape, dtype=E4M3)
     for rows, out in zip(_rows(weight_RK), _rows(quantized_RK), strict=True):
-        scaled = (rows / scale).to(rows.dtype).clamp(-E4M3_LARGEST, E4M3_LARGEST)
-        out.copy_(scaled.to(E4M3))
+        out.copy_((rows / scale).to(rows.dtype).clamp_(-E4M3_LARGEST, E4M3_LARGEST))
     return quantized_RK
 
 
@@ -93,28 +92,43 @@ def to_fp4(weight_RK: Tensor, tensor_scale: Tensor, *, inverse: bool = False) ->
     triples = zip(_rows(weight_RK), _rows(codes, columns), _rows(scales, columns), strict=True)
     for rows, code, scale in triples:
         blocks_RBG = rows.unflatten(1, (-1, GROUP))
-        largest_RB = blocks_RBG.abs().amax(-1)
+        largest_RB = _magnitude(blocks_RBG)
         if inverse:  # llm-compressor's statistics have the weight's type
             wanted_RB = tensor_scale * (largest_RB / E2M1_LARGEST)
         else:
             wanted_RB = largest_RB.float() / (E2M1_LARGEST * tensor_scale)
         wanted_RB = torch.where(wanted_RB == 0, _OF_ZEROS[inverse], wanted_RB)
-        scale.copy_(wanted_RB.clamp(E4M3_SMALLEST, E4M3_LARGEST).to(E4M3))
+        scale.copy_(wanted_RB.clamp(E4M3_SMALLEST, E4M3_LARGEST))
         steps_RB = scale.float() / tensor_scale if inverse else scale.float() * tensor_scale
-        found = e2m1_codes(blocks_RBG / steps_RB.unsqueeze(-1)).flatten(1)
-        code.copy_(found[:, 0::2] | found[:, 1::2] << 4)
+        # Where a tensor is next to nothing a step may be 0 or none at all: 0 / 0 is to be 0.
+        steps_RB = steps_RB.nan_to_num_(nan=torch.inf, posinf=torch.inf).clamp_(min=_SMALLEST_STEP)
+        pairs = e2m1_codes(blocks_RBG / steps_RB.unsqueeze(-1)).flatten(1).view(torch.int16)
+        code.copy_(pairs | pairs >> 4)  # the odd column's code lies 8 bits above the even one's
     return Fp4(codes, scales)
 
 
+def _magnitude(blocks_RBG: Tensor) -> Tensor:
+    """The largest magnitude of each group: without the sign, bits order as their numbers do."""
+    bits = torch.int16 if blocks_RBG.dtype.itemsize == 2 else torch.int32
+    unsigned = blocks_RBG.view(bits) & torch.iinfo(bits).max
+    return unsigned.amax(-1).view(blocks_RBG.dtype)
+
+
 def e2m1_codes(scaled: Tensor) -> Tensor:
-    """The nearest E2M1 code of each number, uint8; beyond 6 the code of 6."""
+    """The nearest E2M1 code of each float32 number, uint8; beyond 6 the code of 6.
+
+    Codes count steps of 1/2 up to 2, then of 1 up to 4, then of 2. Whichever step is the number's
+    own gives the smallest count; ties fall on even counts, as `round` takes them.
+    """
     magnitude = scaled.abs()
-    codes = torch.zeros(scaled.shape, dtype=torch.uint8)
-    for border, up in zip(_BORDERS, _TIES_GO_UP, strict=True):
-        codes += magnitude >= border if up else magnitude > border
-    return codes | ((scaled < 0).to(torch.uint8) << 3)
+    codes = (magnitude * 2).round_()
+    torch.minimum(codes, magnitude.round().add_(2), out=codes)
+    torch.minimum(codes, magnitude.mul_(0.5).round_().add_(4), out=codes)
+    # The sum has no negative zero, so that the sign bit says what is below 0.
+    signs = (scaled + 0.0).view(torch.int32).bitwise_right_shift_(28).bitwise_and_(8)
+    return codes.clamp_(max=7).to(torch.int32).bitwise_or_(signs).to(torch.uint8)
 
 
 def _rows(tensor: Tensor, columns: int | None = None) -> tuple[Tensor, ...]:
-    """Groups of rows of about four million numbers of a matrix with so many columns."""
+    """Groups of rows of about `_BLOCK_NUMBERS` numbers of a matrix with so many columns."""
     return tensor.split(max(1, _BLOCK_NUMBERS // (columns or tensor.shape[-1])))

@@ -1,7 +1,7 @@
 """safetensors files, read and written tensor by tensor.
 
-The library writes a file from tensors that are all in memory; here a shard's header is written
-first, from shapes alone, and each tensor follows as it comes. Reading checks what the library
+The library writes a file from tensors that are all in memory; here a shard is planned from shapes
+alone, and each tensor is put in its place as it comes. Reading checks what the library
 checks (a header that covers the file exactly) and says which file is wrong.
 
 Refuses anything that is not such a file, pickles first of all: nothing here unpickles.
@@ -18,20 +18,12 @@ import torch
 from torch import Tensor
 
 from checkpoint_tools.errors import ConversionError
-from checkpoint_tools.tensor_bytes import (
-    DTYPE_NAMES,
-    DTYPES,
-    Flusher,
-    mapped_tensor,
-    num_bytes,
-    raw,
-)
+from checkpoint_tools.planned_file import FilePlan, PlannedFile
+from checkpoint_tools.tensor_bytes import DTYPE_NAMES, DTYPES, mapped_tensor, num_bytes
 
 SUFFIX = ".safetensors"
 _LENGTH_BYTES = 8
 _MOST_HEADER_BYTES = 100_000_000
-_MAX_WRITE = 1 << 30
-"""Bytes of one write call; Linux takes 2 GiB at most."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +142,29 @@ def read_entry(path: Path, entry: Entry) -> Tensor:
     return mapped_tensor(path, entry.offset, entry.spec.dtype, entry.spec.shape)
 
 
-class SafetensorsWriter:
-    """Writes one file; tensors come in the order of `specs`.
+def plan_file(
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
+) -> FilePlan:
+    """A file of these tensors, in this order, its header in front.
+
+    Args:
+        metadata: see `header_bytes`.
+    """
+    header = header_bytes(specs, metadata)
+    end = len(header)
+    places: dict[str, tuple[int, int]] = {}
+    for name, spec in specs.items():
+        places[name] = (end, spec.num_bytes)
+        end += spec.num_bytes
+    return FilePlan(end, {0: header}, places)
+
+
+class SafetensorsWriter(PlannedFile):
+    """Writes one file; its tensors may come in any order.
 
     Args:
         path: the file, replaced if it is there.
-        specs: every tensor, in order.
+        specs: every tensor, in the order they lie.
         metadata: see `header_bytes`.
     """
 
@@ -165,32 +174,4 @@ class SafetensorsWriter:
         specs: Mapping[str, TensorSpec],
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self._file = path.open("wb", buffering=0)
-        self._flusher = Flusher(self._file)
-        self._waiting = dict(specs)
-        write_all(self._file, memoryview(header_bytes(specs, metadata)))
-
-    def write(self, name: str, tensor: Tensor) -> dict[str, int]:
-        """Append the next tensor."""
-        expected = next(iter(self._waiting))
-        spec = self._waiting.pop(expected)
-        assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, spec.dtype, spec.shape)
-        write_all(self._file, raw(tensor))
-        self._flusher.written(self._file.tell())
-        return {}
-
-    def finish(self) -> None:
-        """Flush to disk and close."""
-        assert not self._waiting
-        self._flusher.close(flush=True)
-
-    def close(self) -> None:
-        """Close without more ado, after an error."""
-        self._flusher.close(flush=False)
-
-
-def write_all(file: Any, view: memoryview) -> None:
-    """Write a view through an unbuffered file, in as many calls as it takes."""
-    done = 0
-    while done < len(view):
-        done += file.write(view[done : done + _MAX_WRITE])
+        super().__init__(path, plan_file(specs, metadata))

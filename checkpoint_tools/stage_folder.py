@@ -20,9 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from checkpoint_tools.lineage import ORIGIN_FILE
-from checkpoint_tools.safetensors_file import TensorSpec
 from checkpoint_tools.streaming import (
-    Format,
     Record,
     Report,
     Stream,
@@ -31,12 +29,12 @@ from checkpoint_tools.streaming import (
     spec_of,
 )
 from checkpoint_tools.tensor_bytes import DTYPE_NAMES
-from checkpoint_tools.torch_dist import DistributedWriter, load_archive, write_index
+from checkpoint_tools.torch_dist import archive_places, plan_file, write_index
 from checkpoint_tools.workspace import Workspace
 from megatron_vl.config.load import config_hash, to_yaml
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.data.prepare import TOKENIZER_FILE
-from megatron_vl.run.digest import checkpoint_digest
+from megatron_vl.run.digest import FollowedDigest
 from megatron_vl.run.receipt import CheckpointRef, Receipt, now, write_receipt
 from megatron_vl.run.versions import versions
 from megatron_vl.train.checkpoint import STATE_FILE, LoopState, step_folder
@@ -58,18 +56,6 @@ class Origin:
     made_by: str
     sources: dict[str, Path]
     drawn: list[str]
-
-
-def _open(path: Path, _: Mapping[str, TensorSpec]) -> DistributedWriter:
-    return DistributedWriter(path)
-
-
-def _read_back(path: Path, _: str, entry: dict[str, Any]) -> Tensor:
-    return load_archive(path, entry["offset"], entry["length"])
-
-
-TORCH_DIST = Format(_open, _read_back)
-"""Files of a distributed checkpoint as `streaming` writes them."""
 
 
 def _file_name(number: int, _: int) -> str:
@@ -118,18 +104,34 @@ def write_stage_folder(
         ],
         "source": streamed.identity,
     }
+    places = {
+        name: (shard.file, *place)
+        for shard in shards
+        for name, place in archive_places(shard.specs).items()
+    }
     with Workspace(out, plan) as workspace:
         checkpoint = step_folder(workspace.path / "checkpoints", 0)
-        stream = Stream(streamed.read, workspace, checkpoint, TORCH_DIST, report, streamed.expected)
-        records = stream.run(shards)
-        places = {
-            name: (file, entry["offset"], entry["length"])
-            for file, record in records.items()
-            for name, entry in record.items()
-        }
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        # What frames the weights first: then their digest can be taken while they are written.
         write_index(checkpoint, specs, places, _file_name(len(shards), 0))
         state = LoopState(config.name, 0, 0, optimizer=False, trainable=[])
         (checkpoint / STATE_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n")
+        weights = {shard.file: plan_file(shard.specs).size for shard in shards}
+        rest = {p.name: p.stat().st_size for p in checkpoint.iterdir() if p.name not in weights}
+        with FollowedDigest(checkpoint, {**weights, **rest}) as digest:
+            for name, size in rest.items():
+                digest.grown(name, size)
+            stream = Stream(
+                streamed.read,
+                workspace,
+                checkpoint,
+                plan_file,
+                report,
+                streamed.expected,
+                digest.grown,
+            )
+            records = stream.run(shards)
+            saved = CheckpointRef(f"checkpoints/{checkpoint.name}", digest.result())
         (workspace.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         (workspace.path / ORIGIN_FILE).write_text(
             json.dumps(_origin_json(origin, records), indent=1) + "\n"
@@ -139,7 +141,7 @@ def write_stage_folder(
             kept.parent.mkdir(exist_ok=True)
             shutil.copyfile(tokenizer, kept)
         write_receipt(
-            workspace.path / "receipt.json", _receipt(out, config, origin, checkpoint, started)
+            workspace.path / "receipt.json", _receipt(out, config, origin, saved, started)
         )
         workspace.publish()
 
@@ -165,7 +167,7 @@ def _spec_json(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _receipt(
-    out: Path, config: StageConfig, origin: Origin, checkpoint: Path, started: str
+    out: Path, config: StageConfig, origin: Origin, saved: CheckpointRef, started: str
 ) -> Receipt:
     names = ", ".join(f"{part} from {folder.name}" for part, folder in origin.sources.items())
     return Receipt(
@@ -175,7 +177,7 @@ def _receipt(
         reason=f"{origin.made_by}: {names}",
         step=0,
         attempts=1,
-        checkpoint=CheckpointRef(f"checkpoints/{checkpoint.name}", checkpoint_digest(checkpoint)),
+        checkpoint=saved,
         parent=None,
         config_hash=config_hash(config),
         data_cursor=0,

@@ -8,6 +8,7 @@ from checkpoint_tools.errors import ConversionError
 from checkpoint_tools.lineage import Ancestor, lineage
 from checkpoint_tools.name_rules import name_table
 from checkpoint_tools.names import NameTable
+from checkpoint_tools.published_folder import CONFIG_FILE
 from checkpoint_tools.quantized_layout import Calibration
 from checkpoint_tools.torch_dist import DistributedCheckpoint
 from megatron_vl.config.load import load_stage
@@ -41,7 +42,7 @@ class StageSource:
     @cached_property
     def ancestors(self) -> list[Ancestor]:
         """The stages up to this one, oldest first."""
-        return lineage(self.stage)
+        return lineage(self.stage, self.config)
 
     @cached_property
     def digest(self) -> str:
@@ -76,6 +77,13 @@ def open_stage(path: Path) -> StageSource:
         ConversionError, RunError, ConfigError: it cannot be used.
         NamesError: its tensors are not its config's.
     """
+    if (path / CONFIG_FILE).is_file():
+        raise ConversionError(
+            f"{path} is a published folder, and this needs a checkpoint: the one it was made of, "
+            "or `mvl checkpoint import` makes one"
+        )
+    if not path.exists():
+        raise ConversionError(f"{path} is not there; name a run, a stage folder or a checkpoint")
     folder, config_path = find_checkpoint(path)
     config = load_stage(config_path)
     checkpoint = DistributedCheckpoint(folder)

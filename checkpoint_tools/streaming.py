@@ -1,31 +1,42 @@
 """Walks tensors from one folder to another, a rule at a time.
 
-Reading and transforming happen here, writing in one other thread and hashing in a third, so that a
-disk, a core for SHA-256 and a core for copies are all busy. At any moment the tensors of one rule
-are being made while those of the rule before are written: the peak is the program itself plus
-about three times the largest tensor.
+Output goes to shards that are planned beforehand from shapes, so each core takes the next rule,
+whatever the others do: it reads, transforms, hashes and writes. A tensor that only gets another
+name or becomes a part goes from one file to the other in blocks and is never held; those that a
+rule makes, and inputs that lie in pieces, are held one task at a time, as many tasks at once as
+fit into `FREE_BYTES` and three times the largest tensor.
 
-Output goes to shards that are planned beforehand from shapes; a shard that an earlier attempt
-finished is read again, compared by hash and kept.
+A shard that an earlier attempt finished is read again, compared by hash and kept.
 """
 
+import os
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpoint_tools.errors import ConversionError
+from checkpoint_tools.planned_file import FilePlan, PlannedFile
 from checkpoint_tools.safetensors_file import TensorSpec
-from checkpoint_tools.tensor_bytes import DTYPE_NAMES, DTYPES, sha256
+from checkpoint_tools.tensor_bytes import DTYPE_NAMES, DTYPES, mapped_tensor, sha256
+from checkpoint_tools.wording import size_text
 from checkpoint_tools.workspace import Workspace
 
+FREE_BYTES = 10**9
+"""What tasks may hold together besides three times the largest tensor."""
+MOST_WORKERS = 4
+"""More threads do not make SHA-256 and one disk faster by much."""
+
 Record = dict[str, dict[str, Any]]
-"""Of a shard: name of each tensor to its dtype, shape, sha256 and, where needed, its place."""
+"""Of a shard: name of each tensor to its dtype, shape and sha256."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +46,13 @@ class Task:
     Attributes:
         inputs: names to read.
         outputs: what comes of them, by name, in the order `run` gives them.
+        input_bytes: of the inputs, where reading may put them together in memory.
     """
 
     inputs: tuple[str, ...]
     outputs: Mapping[str, TensorSpec]
     run: Callable[[Sequence[Tensor]], list[Tensor]]
+    input_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -65,27 +78,6 @@ class Shard:
         return sum(task.num_bytes for task in self.tasks)
 
 
-class Writer(Protocol):
-    """A file that takes tensors one after another."""
-
-    def write(self, name: str, tensor: Tensor) -> dict[str, int]:
-        """Append a tensor; returns what its record needs to find it again."""
-
-    def finish(self) -> None:
-        """Flush to disk and close."""
-
-    def close(self) -> None:
-        """Close after an error."""
-
-
-@dataclass(frozen=True)
-class Format:
-    """A kind of file: how one is opened for writing, and a tensor read back by its record."""
-
-    open: Callable[[Path, Mapping[str, TensorSpec]], Writer]
-    read: Callable[[Path, str, dict[str, Any]], Tensor]
-
-
 @dataclass(frozen=True)
 class Progress:
     """How far a conversion is."""
@@ -97,7 +89,8 @@ class Progress:
 
     def __str__(self) -> str:
         rate = self.done / max(self.seconds, 1e-9) / 1e9
-        return f"{self.file}: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {rate:.2f} GB/s"
+        done, total = size_text(self.done), size_text(self.total)
+        return f"{self.file}: {done} of {total}, {rate:.2f} GB/s"
 
 
 Report = Callable[[Progress], None]
@@ -124,10 +117,12 @@ class Stream:
     """One conversion.
 
     Args:
-        read: gives an input by name.
+        read: gives an input by name, from any thread; mapped ones take no memory.
         folder: where the shards go, inside the workspace.
-        expected: SHA-256 of inputs, where they are known; a differing one is an error.
+        plan: lays out a shard's file.
         report: called after every shard and about once a second.
+        expected: SHA-256 of inputs, where they are known; a differing one is an error.
+        grown: told how many bytes at the start of a shard's file are final, as they come.
     """
 
     def __init__(
@@ -135,13 +130,14 @@ class Stream:
         read: Callable[[str], Tensor],
         workspace: Workspace,
         folder: Path,
-        kind: Format,
+        plan: Callable[[Mapping[str, TensorSpec]], FilePlan],
         report: Report,
         expected: Mapping[str, str] | None = None,
+        grown: Callable[[str, int], None] = lambda file, size: None,
     ) -> None:
-        self._read, self._workspace, self._folder, self._kind = read, workspace, folder, kind
-        self._report, self._expected = report, expected or {}
-        self._done = self._written = 0
+        self._read, self._workspace, self._folder, self._plan = read, workspace, folder, plan
+        self._report, self._expected, self._grown = report, expected or {}, grown
+        self._done = 0
 
     def run(self, shards: Sequence[Shard]) -> dict[str, Record]:
         """Write every shard that is not there yet.
@@ -154,83 +150,94 @@ class Stream:
         """
         self._total = sum(shard.num_bytes for shard in shards)
         self._started = self._last = time.perf_counter()
-        records: dict[str, Record] = {}
+        largest = max((s.num_bytes for shard in shards for s in shard.specs.values()), default=0)
+        self._memory = _Memory(FREE_BYTES + 3 * largest)
         self._folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(1) as writing, ThreadPoolExecutor(1) as hashing:
-            for shard in shards:
-                earlier = self._workspace.finished.get(shard.file)
-                if earlier is None or not self._intact(shard, earlier):
-                    earlier = self._write(shard, writing, hashing)
-                    self._workspace.finish_file(shard.file, earlier)
-                else:
-                    self._done += shard.num_bytes
-                records[shard.file] = earlier
-                self._tell(shard.file, always=True)
-        return records
+        workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+        records: dict[str, Record] = {}
+        begun: deque[_Begun] = deque()
+        with _torch_in_one_thread(), ThreadPoolExecutor(workers) as pool:
+            try:
+                for shard, earlier in zip(shards, pool.map(self._earlier, shards), strict=True):
+                    if earlier is not None:
+                        records[shard.file] = earlier
+                        self._done += shard.num_bytes
+                        self._grown(shard.file, self._plan(shard.specs).size)
+                        self._tell(shard.file, always=True)
+                waiting = deque(shard for shard in shards if shard.file not in records)
+                while waiting or begun:
+                    # While one file is completed the pool goes on with the next one's tasks.
+                    while waiting and len(begun) < 2:
+                        begun.append(self._begin(waiting.popleft(), pool))
+                    records[begun[0].shard.file] = self._complete(begun[0])
+                    begun.popleft()
+            finally:
+                pool.shutdown(cancel_futures=True)
+                for one in begun:
+                    one.file.close()
+        return {shard.file: records[shard.file] for shard in shards}
 
-    def _intact(self, shard: Shard, record: Record) -> bool:
-        if list(record) != list(shard.specs):
-            return False
-        path = self._folder / shard.file
+    def _earlier(self, shard: Shard) -> Record | None:
+        """The record of a shard that an earlier attempt finished, if the file is still that."""
+        record = self._workspace.finished.get(shard.file)
+        if record is None or list(record) != list(shard.specs):
+            return None
+        path, plan = self._folder / shard.file, self._plan(shard.specs)
         try:
-            return all(
-                sha256(self._kind.read(path, name, entry)) == entry["sha256"]
-                for name, entry in record.items()
+            intact = plan.frame_stands(path) and all(
+                sha256(mapped_tensor(path, plan.places[name][0], spec.dtype, spec.shape))
+                == record[name]["sha256"]
+                for name, spec in shard.specs.items()
             )
-        except (OSError, EOFError, RuntimeError, ValueError):
-            return False
+        except (OSError, EOFError):
+            return None
+        return record if intact else None
 
-    def _write(
-        self, shard: Shard, writing: ThreadPoolExecutor, hashing: ThreadPoolExecutor
-    ) -> Record:
-        writer = self._kind.open(self._folder / shard.file, shard.specs)
+    def _begin(self, shard: Shard, pool: ThreadPoolExecutor) -> "_Begun":
+        plan = self._plan(shard.specs)
+        file = PlannedFile(self._folder / shard.file, plan)
+        return _Begun(shard, plan, file, [pool.submit(self._do, t, file) for t in shard.tasks])
+
+    def _complete(self, begun: "_Begun") -> Record:
         record: Record = {}
-        pending: Future[None] | None = None
-        try:
-            for task in shard.tasks:
-                outputs, hashes = self._make(task, hashing)
-                if pending is not None:
-                    pending.result()
-                pending = writing.submit(_put, writer, task, outputs, hashes, record)
-                del outputs
-                self._done += task.num_bytes
-                self._tell(shard.file)
-            if pending is not None:
-                pending.result()
-            writing.submit(writer.finish).result()
-        except BaseException:
-            if pending is not None:
-                pending.exception()
-            writer.close()
-            raise
+        file = begun.shard.file
+        for task, future in zip(begun.shard.tasks, begun.tasks, strict=True):
+            record |= future.result()
+            self._done += task.num_bytes
+            self._grown(file, sum(begun.plan.places[list(task.outputs)[-1]]))
+            self._tell(file)
+        self._grown(file, begun.plan.size)
+        begun.file.finish()
+        self._workspace.finish_file(file, record)
+        self._tell(file, always=True)
         return record
 
-    def _make(
-        self, task: Task, hashing: ThreadPoolExecutor
-    ) -> tuple[list[Tensor], list[Future[str]]]:
-        """Outputs of a task and their hashes to come; inputs with a known hash are checked."""
-        inputs = [self._read(name) for name in task.inputs]
-        checked = {
-            name: hashing.submit(sha256, tensor)
-            for name, tensor in zip(task.inputs, inputs, strict=True)
-            if name in self._expected
-        }
-        outputs = [
-            tensor.to(spec.dtype).contiguous()
-            for tensor, spec in zip(task.run(inputs), task.outputs.values(), strict=True)
-        ]
-        hashes = []
-        for output in outputs:
-            same = [n for n, t in zip(task.inputs, inputs, strict=True) if t is output]
-            known = checked.get(same[0]) if same else None
-            hashes.append(known or hashing.submit(sha256, output))
-        for name, found in checked.items():
-            if found.result() != self._expected[name]:
-                raise ConversionError(
-                    f"{name} is not what its recorded SHA-256 says: the file that holds it was "
-                    "changed after it was written"
-                )
-        return outputs, hashes
+    def _do(self, task: Task, file: PlannedFile) -> Record:
+        """Read, transform, write and hash, in a thread of the pool, and check the inputs."""
+        with self._memory.held(task.input_bytes + task.num_bytes):
+            inputs = {name: self._read(name) for name in task.inputs}
+            outputs = task.run(list(inputs.values()))
+            record: Record = {}
+            hashes: dict[int, str] = {}
+            for name, spec in task.outputs.items():
+                tensor = outputs.pop(0).to(spec.dtype).contiguous()
+                assert tuple(tensor.shape) == spec.shape, name
+                hashes[id(tensor)] = digest = file.write(name, tensor)
+                record[name] = {
+                    "dtype": DTYPE_NAMES[spec.dtype],
+                    "shape": list(spec.shape),
+                    "sha256": digest,
+                }
+            assert not outputs, task.outputs
+            for name in inputs.keys() & self._expected.keys():
+                # A tensor that went through as it is has been hashed.
+                found = hashes.get(id(inputs[name])) or sha256(inputs[name])
+                if found != self._expected[name]:
+                    raise ConversionError(
+                        f"{name} is not what its recorded SHA-256 says: the file that holds it was "
+                        "changed after it was written"
+                    )
+        return record
 
     def _tell(self, file: str, *, always: bool = False) -> None:
         now = time.perf_counter()
@@ -239,22 +246,46 @@ class Stream:
             self._report(Progress(file, self._done, self._total, now - self._started))
 
 
-def _put(
-    writer: Writer,
-    task: Task,
-    outputs: list[Tensor],
-    hashes: list[Future[str]],
-    record: Record,
-) -> None:
-    """Write the outputs of a task and note them; the tensors are let go one by one."""
-    for (name, spec), hashed in zip(task.outputs.items(), hashes, strict=True):
-        place = writer.write(name, outputs.pop(0))
-        record[name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "sha256": hashed.result(),
-            **place,
-        }
+@dataclass(frozen=True)
+class _Begun:
+    """A shard in work; its tasks' records to come, in order."""
+
+    shard: Shard
+    plan: FilePlan
+    file: PlannedFile
+    tasks: list[Future[Record]]
+
+
+class _Memory:
+    """Lets tasks begin while the tensors they hold fit; one that never does goes alone."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def held(self, size: int) -> Iterator[None]:
+        """Wait for room for so many bytes, and have it inside."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + size <= self._most)
+            self._held += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= size
+                self._changed.notify_all()
+
+
+@contextmanager
+def _torch_in_one_thread() -> Iterator[None]:
+    """Operations of torch stay in the thread that asks: the pool has a thread for every core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def spec_of(entry: Mapping[str, Any]) -> TensorSpec:

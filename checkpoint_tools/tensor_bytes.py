@@ -5,9 +5,8 @@ import io
 import math
 import mmap
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +28,6 @@ DTYPES = {
 """Types by the names a safetensors header uses."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-_FLUSH_BYTES = 128 << 20
-"""Bytes written between two background flushes."""
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -111,34 +106,9 @@ def mapped_tensor(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int,
             raise EOFError(f"{path} ends {missing} bytes early")
         if size == 0:
             return torch.empty(shape, dtype=dtype)
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    flat = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=offset)
+        before = offset % mmap.ALLOCATIONGRANULARITY
+        pages = mmap.mmap(
+            file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=offset - before
+        )
+    flat = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=before)
     return flat.view(dtype).reshape(shape)
-
-
-class Flusher:
-    """Starts the flush of a growing file early, in the background, so that its end waits less.
-
-    Args:
-        file: the file, open for writing.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._pool = ThreadPoolExecutor(1)
-        self._running: Future[None] | None = None
-        self._flushed = 0
-
-    def written(self, size: int) -> None:
-        """Say that the file has so many bytes now."""
-        idle = self._running is None or self._running.done()
-        if idle and size - self._flushed >= _FLUSH_BYTES:
-            self._flushed = size
-            self._running = self._pool.submit(os.fsync, self._file.fileno())
-
-    def close(self, *, flush: bool) -> None:
-        """Wait for the background, flush the rest if asked, and close the file."""
-        self._pool.shutdown()
-        if flush:
-            os.fsync(self._file.fileno())
-        self._file.close()

@@ -9,12 +9,16 @@ Trust: the index goes through `engine.checkpoint_trust` first; pieces are read w
 optimizer's tensors and Transformer Engine's extra state are left alone.
 """
 
+import functools
+import io
 import json
 import math
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -33,8 +37,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from checkpoint_tools.errors import ConversionError
+from checkpoint_tools.planned_file import FilePlan
 from checkpoint_tools.safetensors_file import TensorSpec
-from checkpoint_tools.tensor_bytes import FilePiece, Flusher, mapped_tensor
+from checkpoint_tools.tensor_bytes import FilePiece, mapped_tensor, num_bytes
 from megatron_vl.engine.checkpoint_trust import METADATA_FILE, check_index
 from megatron_vl.train.checkpoint import TRAINING_STATE
 
@@ -51,6 +56,8 @@ _CORE = {
     "common_backend_version": 1,
 }
 _COMMON_FILE = "common.pt"
+_LOCAL_HEADER_BYTES = 30
+"""Of a zip member, before its name; the lengths of name and extra field are the last four."""
 _UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
@@ -63,6 +70,7 @@ class DistributedCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._forms: dict[bytes, _Form] = {}
         try:
             check_index(folder)
             self._index = FileSystemReader(str(folder)).read_metadata()
@@ -110,7 +118,7 @@ class DistributedCheckpoint:
         info = self._index.storage_data[MetadataIndex(name, chunk.offsets)]
         path = self.folder / info.relative_path
         try:
-            piece = load_archive(path, info.offset, info.length)
+            piece = self._load_archive(path, info.offset, info.length)
         except _UNREADABLE as error:
             raise ConversionError(
                 f"{path} cannot be read where {name} lies ({error}); it is damaged or cut off"
@@ -121,66 +129,106 @@ class DistributedCheckpoint:
             )
         return piece
 
+    def _load_archive(self, path: Path, offset: int, length: int) -> Tensor:
+        """The tensor of one `torch.save` archive inside a file.
 
-def load_archive(path: Path, offset: int, length: int) -> Tensor:
-    """The tensor of one `torch.save` archive inside a file.
+        Such an archive is a zip file whose members are not compressed, the pickle first; a
+        contiguous tensor is mapped from where its numbers lie instead of being copied.
+        """
+        with FilePiece(path, offset, length) as piece:
+            file = cast(IO[bytes], piece)
+            with zipfile.ZipFile(file) as archive:
+                first, *others = archive.infolist()
+            data = [member for member in others if "/data/" in member.filename]
+            pickle_first = first.filename.endswith("/data.pkl") and first.header_offset == 0
+            if pickle_first and [m.compress_type for m in data] == [zipfile.ZIP_STORED]:
+                piece.seek(0)
+                # What precedes the numbers is the same for tensors of one type and shape.
+                start = piece.read(data[0].header_offset + _LOCAL_HEADER_BYTES)
+                form = self._forms.get(start)
+                if form is None:
+                    form = self._forms[start] = _form(file)
+                if form.contiguous and num_bytes(form.dtype, form.shape) == data[0].file_size:
+                    # A member's numbers follow its header, its name and its extra field.
+                    sizes = struct.unpack("<HH", start[-4:])
+                    return mapped_tensor(
+                        path, offset + len(start) + sum(sizes), form.dtype, form.shape
+                    )
+            piece.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
 
-    Such an archive is a zip file whose members are not compressed; a contiguous tensor is mapped
-    from where its numbers lie instead of being copied.
+
+@dataclass(frozen=True)
+class _Form:
+    """What an archive says of its one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    contiguous: bool
+
+
+def _form(archive: IO[bytes]) -> _Form:
+    archive.seek(0)
+    with torch.serialization.skip_data():
+        tensor = torch.load(archive, map_location="cpu", weights_only=True)
+    return _Form(tensor.dtype, tuple(tensor.shape), tensor.is_contiguous())
+
+
+class _Frame(io.RawIOBase):
+    """Takes what `torch.save` writes around a tensor's numbers, which it skips."""
+
+    def __init__(self) -> None:
+        self.parts = [b""]
+
+    def write(self, data: Any) -> int:
+        """Add to the current part."""
+        self.parts[-1] += bytes(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Begin the next part: this is how torch leaves room for numbers."""
+        assert whence == io.SEEK_CUR
+        self.parts.append(b"")
+        return offset
+
+
+@functools.cache
+def _frame(spec: TensorSpec) -> tuple[bytes, bytes]:
+    """What an archive of such a tensor holds before its numbers and after them.
+
+    The checksum of the numbers (CRC-32) stays 0, as in what torch writes with
+    `set_crc32_options(False)`: the frame is then known before the numbers are. torch does not look
+    at it when it loads; SHA-256 of every tensor is recorded elsewhere.
     """
-    with FilePiece(path, offset, length) as piece:
-        with zipfile.ZipFile(cast(IO[bytes], piece)) as archive:
-            members = [m for m in archive.infolist() if "/data/" in m.filename]
-        piece.seek(0)
-        if len(members) == 1 and members[0].compress_type == zipfile.ZIP_STORED:
-            with torch.serialization.skip_data():
-                form = torch.load(cast(IO[bytes], piece), map_location="cpu", weights_only=True)
-            if form.is_contiguous() and form.nbytes == members[0].file_size:
-                # A member's numbers follow its 30-byte header, its name and its extra field.
-                piece.seek(members[0].header_offset + 26)
-                sizes = piece.read(4)
-                skipped = 30 + sum(int.from_bytes(sizes[at : at + 2], "little") for at in (0, 2))
-                start = offset + members[0].header_offset + skipped
-                return mapped_tensor(path, start, form.dtype, tuple(form.shape))
-        piece.seek(0)
-        return torch.load(cast(IO[bytes], piece), map_location="cpu", weights_only=True)
+    frame = _Frame()
+    with torch.serialization.skip_data():
+        torch.save(torch.empty(spec.shape, dtype=spec.dtype), cast(IO[bytes], frame))
+    before, *after = frame.parts
+    return before, b"".join(after)
 
 
-class DistributedWriter:
-    """Writes one file of a checkpoint.
+def archive_places(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, int]]:
+    """Offset and length of each tensor's archive in a file that holds them end to end. [bytes]"""
+    places: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name, spec in specs.items():
+        length = sum(map(len, _frame(spec))) + spec.num_bytes
+        places[name] = (end, length)
+        end += length
+    return places
 
-    Args:
-        path: the file, replaced if it is there.
-    """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=0)
-        self._flusher = Flusher(self._file)
-
-    def write(self, name: str, tensor: Tensor) -> dict[str, int]:
-        """Append one tensor; returns where it lies."""
-        # A view would take its whole storage along.
-        owned = tensor.untyped_storage().nbytes() == tensor.nbytes
-        return self._append(tensor if owned else tensor.clone())
-
-    def write_object(self, value: Any) -> dict[str, int]:
-        """Append what is no tensor; returns where it lies."""
-        return self._append(value)
-
-    def _append(self, value: Any) -> dict[str, int]:
-        offset = self._file.tell()
-        torch.save(value, self._file)
-        end = self._file.tell()
-        self._flusher.written(end)
-        return {"offset": offset, "length": end - offset}
-
-    def finish(self) -> None:
-        """Flush to disk and close."""
-        self._flusher.close(flush=True)
-
-    def close(self) -> None:
-        """Close without more ado, after an error."""
-        self._flusher.close(flush=False)
+def plan_file(specs: Mapping[str, TensorSpec]) -> FilePlan:
+    """One file of a checkpoint: these tensors' archives, end to end."""
+    frame: dict[int, bytes] = {}
+    contents: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name, (offset, length) in archive_places(specs).items():
+        before, after = _frame(specs[name])
+        start, end = offset + len(before), offset + length
+        contents[name] = (start, specs[name].num_bytes)
+        frame |= {offset: before, end - len(after): after}
+    return FilePlan(end, frame, contents)
 
 
 def write_index(
@@ -189,14 +237,14 @@ def write_index(
     places: Mapping[str, tuple[str, int, int]],
     objects_file: str,
 ) -> None:
-    """Complete a checkpoint whose tensors are all written.
+    """Write all of a checkpoint but the files of its tensors, before or after those.
 
     Adds the empty extra state every linear layer has in a checkpoint of `train.checkpoint`, so
     that Transformer Engine's layers find what they ask for.
 
     Args:
         tensors: all stored tensors.
-        places: file, offset and length of each.
+        places: file, offset and length of each one's archive.
         objects_file: name of the file that the extra state goes to.
     """
     entries: dict[str, Any] = {}
@@ -209,12 +257,14 @@ def write_index(
             [ChunkStorageMetadata(start, torch.Size(spec.shape))],
         )
         storage[MetadataIndex(name, start)] = _StorageInfo(*places[name])
-    writer = DistributedWriter(folder / objects_file)
-    for name in extra_state_names(tensors):
+    empty = io.BytesIO()
+    torch.save([None], empty)
+    length = len(empty.getvalue())
+    states = extra_state_names(tensors)
+    for number, name in enumerate(states):
         entries[name] = BytesStorageMetadata()
-        place = writer.write_object([None])
-        storage[MetadataIndex(name)] = _StorageInfo(objects_file, place["offset"], place["length"])
-    writer.finish()
+        storage[MetadataIndex(name)] = _StorageInfo(objects_file, number * length, length)
+    (folder / objects_file).write_bytes(empty.getvalue() * len(states))
     index = Metadata(entries, storage_data=storage, storage_meta=StorageMeta(modules=[]))
     with (folder / METADATA_FILE).open("wb") as file:
         pickle.dump(index, file)

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from megatron_vl.run import atomic
 PARTIAL_SUFFIX = ".partial"
 _PROGRESS = "progress.json"
 _LOCK = ".lock"
+_SYNCS = 8
+"""Files flushed to disk at a time."""
 
 
 class Workspace:
@@ -67,6 +70,12 @@ class Workspace:
             record = json.loads((self.path / _PROGRESS).read_text())
             if record["plan"] == self._plan:
                 return dict(record["finished"])
+        self.clear()
+        return {}
+
+    def clear(self) -> None:
+        """Drop all that is there, as what it was made of turned out to be wrong."""
+        self.finished = {}
         for path in self.path.iterdir():
             if path.name == _LOCK:
                 continue
@@ -74,7 +83,6 @@ class Workspace:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        return {}
 
     def finish_file(self, name: str, record: dict[str, Any]) -> None:
         """Remember that a file is complete and on disk."""
@@ -86,8 +94,9 @@ class Workspace:
         """Flush everything to disk and rename the folder to its final name."""
         for name in (_PROGRESS, _LOCK):
             (self.path / name).unlink(missing_ok=True)
-        for path in [*self.path.rglob("*"), self.path]:
-            _sync(path)
+        # At once, as one commit of the file system's journal then serves many.
+        with ThreadPoolExecutor(_SYNCS) as pool:
+            list(pool.map(_sync, [*self.path.rglob("*"), self.path]))
         os.rename(self.path, self.final)
         _sync(self.final.parent)
 
