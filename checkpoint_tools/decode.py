@@ -6,15 +6,40 @@ shows. Both layouts; see `quantized_layout` for the names.
 Rows are done a few at a time. Shapes: R rows, K columns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from checkpoint_tools import quantize
-from checkpoint_tools.quantized_layout import COMPRESSED, FP8, Quantization
+from checkpoint_tools.names import Rule
+from checkpoint_tools.quantized_layout import COMPRESSED, FP8, Quantization, applies, outputs
 
 _E2M1 = torch.tensor([*quantize.E2M1_VALUES, *(-value for value in quantize.E2M1_VALUES)])
+
+
+def read_decoded(
+    read: Callable[[str], Tensor], name: str, rule: Rule, chosen: Quantization | None
+) -> Tensor:
+    """A published tensor, as the numbers it stands for where it is quantized (then float32).
+
+    Args:
+        read: gives a tensor that lies in the folder.
+        name: under which the BF16 release has it, one of the rule's.
+        chosen: how the folder is quantized; None where it is not.
+    """
+    if chosen is None or not applies(rule):
+        return read(name)
+    module = name.removesuffix(".weight")
+    return decoded_weight(held_of(read, module, rule, chosen), module, chosen)
+
+
+def held_of(
+    read: Callable[[str], Tensor], module: str, rule: Rule, chosen: Quantization
+) -> dict[str, Tensor]:
+    """A quantized module's tensors, codes and scales, by name."""
+    names = (name for name in outputs(rule, chosen) if name.rpartition(".")[0] == module)
+    return {name: read(name) for name in names}
 
 
 def decoded_weight(held: Mapping[str, Tensor], module: str, chosen: Quantization) -> Tensor:

@@ -28,7 +28,9 @@ from checkpoint_tools.published_folder import read_json
 from checkpoint_tools.quantized_layout import MODELOPT, QUANTIZED, Calibration
 from checkpoint_tools.stage_source import StageSource, open_stage
 from checkpoint_tools.streaming import Progress
+from megatron_vl.config.schema_distill import StudentFormat
 from megatron_vl.cost.parameters import model_parameters
+from megatron_vl.infer.model import find_checkpoint
 
 RELEASED = ("bf16", *QUANTIZED)
 _FAILED, _UNCERTIFIED = ".failed", ".uncertified"
@@ -71,7 +73,7 @@ def release(
         ConversionError: OUT holds a release of another checkpoint, or a checkpoint is not what its
             receipt says.
     """
-    sources = {name: open_stage(checkpoints[name]) for name in RELEASED if name in checkpoints}
+    sources = {n: _source(n, checkpoints[n]) for n in RELEASED if n in checkpoints}
     if not sources:
         raise ConversionError(f"nothing to release: name a checkpoint for {' or '.join(RELEASED)}")
     waiting = {
@@ -83,8 +85,26 @@ def release(
     for source in {source.digest: source for source in waiting.values()}.values():
         source.check_digest()
     for name, source in waiting.items():
-        failed[name] = _make(out, name, source, checkpoints[name], options, report)
+        failed[name] = _make(out, name, source, options, report)
     return failed
+
+
+def _source(name: str, path: Path) -> StageSource:
+    """The checkpoint that a format is made of: of a run a student of the format, where it has one.
+
+    Raises:
+        ConversionError: a student of another format is named; its weights are made for that.
+    """
+    own = next((one for one in StudentFormat if one.value == name), StudentFormat.none)
+    source = open_stage(find_checkpoint(path, own)[0])
+    student = source.config.distill.student
+    if student not in (StudentFormat.none, own):
+        raise ConversionError(
+            f"{path} was distilled to compute in {student.value}, its {name} is no model anybody "
+            f"trained; release it as {student.value}, and {name} from the stage it was distilled "
+            "from"
+        )
+    return source
 
 
 def _in_place(
@@ -99,18 +119,23 @@ def _in_place(
         return False
     made = read_json(folder / CERTIFICATE_FILE)
     layout = options.layout if name in QUANTIZED else None
-    asked = (True, name, layout, source.digest, options.bounds.changed())
-    found = (
-        made.get("passed"),
-        made.get("format"),
-        made.get("layout"),
-        made.get("checkpoint", {}).get("digest"),
-        made.get("changed_bounds"),
-    )
-    if found != asked:
+    asked = {
+        "checkpoint": source.digest,
+        "format": name,
+        "layout": layout,
+        "bounds": options.bounds.changed(),
+        "passed": True,
+    }
+    found = {
+        "checkpoint": made.get("checkpoint", {}).get("digest"),
+        "bounds": made.get("changed_bounds"),
+        **{key: made.get(key) for key in ("format", "layout", "passed")},
+    }
+    differing = [key for key in asked if found[key] != asked[key]]
+    if differing:
+        listed = "".join(f"\n  {key} {found[key]}, not {asked[key]}" for key in differing)
         raise ConversionError(
-            f"{folder} is the release of another checkpoint, layout or set of bounds ({found}, "
-            f"asked for is {asked}); name another folder or remove it first"
+            f"{folder} is another release; name another folder or remove it first. It has{listed}"
         )
     report(f"{name}: certified already for checkpoint {source.digest[:12]}")
     return True
@@ -120,11 +145,11 @@ def _make(
     out: Path,
     name: str,
     source: StageSource,
-    checkpoint: Path,
     options: ReleaseOptions,
     report: Callable[[str], None],
 ) -> list[str]:
     """One release; what failed."""
+    checkpoint = source.checkpoint.folder
     amax = _amax(out, source, options, report) if name in QUANTIZED else None
     uncertified = out / (name + _UNCERTIFIED)
     shutil.rmtree(uncertified, ignore_errors=True)

@@ -30,6 +30,7 @@ def certificate_page(certificate: dict[str, Any], name: str) -> str:
             f"<h1>{_text(name)} ({_text(kind)}): {_verdict(certificate['passed'])}</h1>",
             _changed(certificate["changed_bounds"]),
             f"<p class=note>{_text(certificate['note'])}</p>" if certificate["note"] else "",
+            _reference(certificate["figures"]),
             _checks(certificate),
             "<h2>Measured</h2>",
             _table(certificate["figures"]),
@@ -66,6 +67,13 @@ def _changed(changed: dict[str, list[Any]]) -> str:
         return ""
     said = "; ".join(f"{name}: {used} in place of {own}" for name, (own, used) in changed.items())
     return f"<p class=failed>Bounds other than the published ones: {_text(said)}</p>"
+
+
+def _reference(figures: dict[str, Any]) -> str:
+    """What a quantized release's answers were compared with."""
+    if "divergence" not in figures:
+        return ""
+    return f"<p>kl and top1 compare with {_text(figures['divergence']['from'])}.</p>"
 
 
 def _table(values: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from checkpoint_tools.certificate import files, tensors
 from checkpoint_tools.certificate.check import Bounds, Findings, StoppedError
 from checkpoint_tools.certificate.network import NetworkGuard
 from checkpoint_tools.certificate.subject import Subject, open_subject
+from checkpoint_tools.certificate.teacher import check_student
 from checkpoint_tools.errors import ConversionError
 from checkpoint_tools.names import NamesError
 from checkpoint_tools.published_folder import PublishedFolder
@@ -86,6 +87,7 @@ def check_files(request: Request, source: StageSource, findings: Findings) -> Su
     subject: Subject = findings.attempt(
         "kind", "known", lambda: open_subject(published, source), _BROKEN
     )
+    check_student(subject, findings)
     if tensors.check_names(subject, findings):
         tensors.check_bits(subject, findings)
         tensors.check_numbers(subject, findings, findings.report)

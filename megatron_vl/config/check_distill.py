@@ -45,7 +45,8 @@ def check_distill(config: StageConfig) -> Iterator[str]:
             "distill.student quantizes the decoder, but train.trainable leaves it frozen; nearest "
             "valid: train.trainable with decoder"
         )
-    yield from _widths(config)
+    if config.distill.student is StudentFormat.nvfp4:
+        yield from _widths(config)
 
 
 def _widths(config: StageConfig) -> Iterator[str]:

@@ -8,6 +8,7 @@ class StudentFormat(Enum):
     """What the decoder's linears multiply in a distillation stage."""
 
     none = "none"
+    fp8 = "fp8"
     nvfp4 = "nvfp4"
 
 
@@ -17,8 +18,8 @@ class DistillConfig:
     that its own starting weights give."""
 
     student: StudentFormat = StudentFormat.none
-    """Numbers that the decoder's linears multiply: nvfp4, or none where the stage learns from its
-    labels, without a teacher. [choice; engine, train]"""
+    """Numbers that the decoder's linears multiply: fp8 or nvfp4 as a release holds them, or none
+    where the stage learns from its labels, without a teacher. [choice; engine, train]"""
     temperature: float = 1.0
     """What both models' logits are divided by; the divergence is multiplied by its square. [1;
     train]"""

@@ -1,14 +1,15 @@
-"""Fake-quantized linears: the decoder multiplies the numbers that an NVFP4 release will hold.
+"""Fake-quantized linears: the decoder multiplies the numbers that a quantized release will hold.
 
 What: `FakeQuantized` gives every linear of a built decoder an operation on its operands. Weights
 become the values that an export of them decodes to; inputs are quantized by their calibrated amax.
 Parameters, names and checkpoints stay as they are. Only forward products change: gradients go
-straight through (`kernels.nvfp4`) and are multiplied in the stage's own precision.
+straight through (`kernels.straight_through`) and are multiplied in the stage's own precision.
 
 Weights change once a step, so `refresh` quantizes them once a step, not once a micro-batch. The
 amax of a weight is taken over tensor ranks, as its scale is that of the whole matrix; a block of 16
 lies within one rank (`config.check_distill` refuses splits where it would not), so that any layout
-holds the same values.
+holds the same values. Query, key and value share a scale in NVFP4 and have one each in FP8, as
+releases do.
 
 What it refuses: see `engine.input_amax`. What it costs: a second copy of the decoder's linears in
 the stage's type, one small reduction a step, a byte an input value kept for the backward pass.
@@ -16,8 +17,9 @@ the stage's type, one small reduction a step, a byte an input value kept for the
 Source: NVIDIA's Model Optimizer, whose quantization-aware training quantizes the same operands.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed
@@ -25,12 +27,20 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from megatron_vl.config.schema_distill import StudentFormat
 from megatron_vl.engine.fp8_state import Place
 from megatron_vl.engine.input_amax import InputAmax, decoder_linears, largest_magnitude
 from megatron_vl.engine.platform import PLATFORM
-from megatron_vl.kernels.nvfp4 import fake_nvfp4, stand_in, straight_through
+from megatron_vl.kernels.nvfp4 import fake_nvfp4
+from megatron_vl.kernels.static_fp8 import fake_fp8
+from megatron_vl.kernels.straight_through import Fake, stand_in, straight_through
 
 PREFIX = "fake_quant."
+_FAKES: Mapping[StudentFormat, Fake] = {
+    StudentFormat.fp8: fake_fp8,
+    StudentFormat.nvfp4: fake_nvfp4,
+}
+_QKV = "self_attention.linear_qkv"
 AMAX_PREFIX, SEEN = f"{PREFIX}input_amax.", f"{PREFIX}seen"
 
 
@@ -39,14 +49,18 @@ class FakeQuantized:
 
     Args:
         module: this rank's pipeline stage, on the torch spec's linears.
+        student: the format of its numbers.
 
     Attributes:
         input_amax: largest input of each of this rank's linears; empty until `quantize`.
         seen: packs and tokens that they come from.
     """
 
-    def __init__(self, module: nn.Module, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, module: nn.Module, groups: ProcessGroupCollection, student: StudentFormat
+    ) -> None:
         self.linears = decoder_linears(module)
+        self._student, self._fake = student, _FAKES[student]
         self.input_amax: dict[Place, float] = {}
         self.seen = (0, 0)
         self._groups = groups
@@ -67,7 +81,7 @@ class FakeQuantized:
         self._values = [torch.empty_like(linear.weight) for linear in self.linears.values()]
         for (place, linear), values in zip(self.linears.items(), self._values, strict=True):
             amax = torch.tensor(input_amax[place], dtype=torch.float32, device=PLATFORM.device)
-            linear.operands = partial(_operands, amax, values)
+            linear.operands = partial(_operands, self._fake, amax, values)
         self.refresh()
 
     @torch.no_grad()
@@ -75,10 +89,20 @@ class FakeQuantized:
         """Quantize the weights as they are now; call whenever they have changed."""
         # A release holds bfloat16 weights, and quantizes those.
         weights = [linear.weight.bfloat16() for linear in self.linears.values()]
-        amax_I = torch.stack([largest_magnitude(weight) for weight in weights])
+        parts, values = self._parts(weights), self._parts(self._values)
+        amax_I = torch.stack([largest_magnitude(part) for part in parts])
         torch.distributed.all_reduce(amax_I, torch.distributed.ReduceOp.MAX, group=self._groups.tp)
-        for weight, amax, values in zip(weights, amax_I, self._values, strict=True):
-            values.copy_(fake_nvfp4(weight, amax, values.dtype))
+        for part, amax, value in zip(parts, amax_I, values, strict=True):
+            value.copy_(self._fake(part, amax, value.dtype))
+
+    def _parts(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Views of the linears' weights, each of all the rows that share a scale."""
+        if self._student is StudentFormat.nvfp4:
+            return list(weights)
+        found: list[Tensor] = []
+        for (place, linear), weight in zip(self.linears.items(), weights, strict=True):
+            found += _query_key_value(linear, weight) if place.linear == _QKV else [weight]
+        return found
 
     def sharded(self) -> dict[str, ShardedTensor]:
         """The calibration as a checkpoint stores it: a number a linear, at any layout."""
@@ -106,7 +130,15 @@ class FakeQuantized:
 
 
 def _operands(
-    amax: Tensor, values: Tensor, input_: Tensor, weight: Tensor
+    fake: Fake, amax: Tensor, values: Tensor, input_: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What a linear multiplies in place of its input and weight."""
-    return straight_through(input_, amax), stand_in(weight, values)
+    return straight_through(input_, amax, fake), stand_in(weight, values)
+
+
+def _query_key_value(linear: Any, weight: Tensor) -> list[Tensor]:
+    """The rows of queries, keys and values: group by group, queries first."""
+    config = linear.config
+    head = config.kv_channels
+    queries = config.num_attention_heads // config.num_query_groups * head
+    return list(weight.unflatten(0, (-1, queries + 2 * head)).split([queries, head, head], dim=1))

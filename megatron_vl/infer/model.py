@@ -1,4 +1,9 @@
-"""Opens a checkpoint for inference: one process, one rank, whatever layout wrote it."""
+"""Opens a checkpoint for inference: one process, one rank, whatever layout wrote it.
+
+A distillation's student is opened as it was trained: its decoder multiplies the numbers a release
+of it will hold, by the calibration in its checkpoint. A run stands for its last done stage that is
+no such student; a student is opened by its stage folder, or asked for by its format.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,10 +19,12 @@ from torch import Tensor
 
 from megatron_vl.config.load import load_stage
 from megatron_vl.config.schema import ParallelConfig, StageConfig
+from megatron_vl.config.schema_distill import StudentFormat
 from megatron_vl.data.encode import load_tokenizer
 from megatron_vl.data.pack import Pack
 from megatron_vl.data.tokenizer import Tokenizer
 from megatron_vl.engine import process_groups
+from megatron_vl.engine.fake_quant import FakeQuantized
 from megatron_vl.engine.packed import packed_sequence
 from megatron_vl.engine.platform import PLATFORM
 from megatron_vl.model.cache import DecodingCache
@@ -26,7 +33,12 @@ from megatron_vl.model.vlm import VisionLanguageModel
 from megatron_vl.run.folder import RunError, RunFolder
 from megatron_vl.sequence.layout import TEXT
 from megatron_vl.train.build import build_model
-from megatron_vl.train.checkpoint import STATE_FILE, latest, load_weights
+from megatron_vl.train.checkpoint import (
+    STATE_FILE,
+    latest,
+    load_weights,
+    restore_calibration,
+)
 
 
 @dataclass(frozen=True)
@@ -87,11 +99,13 @@ class OpenModel:
         return logits_BLV[0, -1, : self.config.model.vocab_size].float().cpu()
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
+def find_checkpoint(path: Path, student: StudentFormat = StudentFormat.none) -> tuple[Path, Path]:
     """The checkpoint folder and the stage config that a path stands for.
 
     Args:
-        path: a run folder (its last done stage), a stage folder of one, or a checkpoint folder.
+        path: a run folder, a stage folder of one, or a checkpoint folder. A run stands for its last
+            done stage, but for students of distillation, whose weights are for one format.
+        student: such students of a run count after all.
 
     Raises:
         RunError: nothing there is a finished checkpoint.
@@ -101,7 +115,9 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if run.exists():
         for stage in reversed(run.stages()):
             receipt = stage.receipt()
-            if receipt is not None and receipt.done and receipt.checkpoint is not None:
+            if receipt is None or not receipt.done or receipt.checkpoint is None:
+                continue
+            if load_stage(stage.config_path).distill.student in (StudentFormat.none, student):
                 return stage.checkpoint_path(receipt), stage.config_path
         raise RunError(f"{asked}: no stage of this run is done yet; `mvl status {asked}` shows it")
     for checkpoint, stage_path in (
@@ -121,10 +137,14 @@ def open_model(path: Path) -> Iterator[OpenModel]:
     """Load the model a path stands for (see `find_checkpoint`) on this one process."""
     checkpoint, config_path = find_checkpoint(path)
     config = load_stage(config_path)
+    origin, student = f"checkpoint {checkpoint} (stage {config.name})", config.distill.student
     with empty_model(config) as (module, groups):
         load_weights(checkpoint, module, groups)
         module.eval()
-        yield OpenModel(module, config, f"checkpoint {checkpoint} (stage {config.name})")
+        if student is not StudentFormat.none:
+            restore_calibration(checkpoint, FakeQuantized(module, groups, student))
+            origin += f", computing in {student.value} as it was trained"
+        yield OpenModel(module, config, origin)
 
 
 @contextlib.contextmanager

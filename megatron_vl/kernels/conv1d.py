@@ -237,6 +237,10 @@ def causal_conv1d_update(
     if slots < taps - 1:
         raise ValueError(f"conv_state holds {slots} tokens, {taps} taps need {taps - 1}")
     tokens = x[..., None] if x.dim() == 2 else x
+    if tokens.shape[-1] == 1 and slots >= taps and conv_state_indices is None:
+        out = _next_output(tokens, conv_state, weight, bias)
+        out = (F.silu(out) if activate else out).to(x.dtype)
+        return out if x.dim() == 2 else out[..., None]
     rows = conv_state if conv_state_indices is None else conv_state[conv_state_indices.long()]
     seen = torch.cat([rows, tokens.to(rows.dtype)], dim=-1)
     if conv_state_indices is None:
@@ -251,3 +255,16 @@ def causal_conv1d_update(
         out += bias.to(dtype)[:, None]
     out = (F.silu(out) if activate else out).to(x.dtype)
     return out[..., 0] if x.dim() == 2 else out
+
+
+def _next_output(
+    token_BD1: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """One token, the common step of decoding, in a third of the general way's operations: (B, D)
+    before the activation, at least float32; the state moves on."""
+    seen = [conv_state[..., 1:], token_BD1.to(conv_state.dtype)]
+    conv_state.copy_(torch.cat(seen, dim=-1))
+    dtype = torch.promote_types(token_BD1.dtype, torch.float32)
+    windows = conv_state[..., -weight.shape[1] :].to(dtype)
+    out = (windows * weight.to(dtype)).sum(-1)
+    return out if bias is None else out + bias.to(dtype)

@@ -2,8 +2,10 @@
 
 What: moves the state of each sequence on by one token, in place, and returns the output.
 Why: decoding needs no chunks, and the published kernel is Triton. What it refuses (ValueError):
-heads that do not divide into groups. What it costs: one pass over the state; B and C are
-broadcast over the heads of their group, not repeated. Arithmetic is at least float32.
+heads that do not divide into groups. What it costs: three passes over the state, in place where it
+is float32; B and C are broadcast over the heads of their group, not repeated, and where the decay
+is one number a head it is computed once, as mamba_ssm's kernel does. Arithmetic is at least
+float32.
 
 Shapes: B batch, H heads, P head width, G groups, N state width.
 Source: signature of mamba_ssm 2.x, ops/triton/selective_state_update.py.
@@ -68,6 +70,9 @@ def selective_state_update(
     if heads % groups:
         raise ValueError(f"{heads} heads do not divide into {groups} groups")
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if _same_within_heads(dt, A, dt_bias):
+        dt, A = dt[..., :1], A[..., :1, :1]
+        dt_bias = None if dt_bias is None else dt_bias[..., :1]
     rows = state if state_batch_indices is None else state[state_batch_indices.long()]
     step = dt.to(dtype)
     if dt_bias is not None:
@@ -75,18 +80,26 @@ def selective_state_update(
     if dt_softplus:
         step = F.softplus(step)
     wide = x.to(dtype)
-    kept = rows.to(dtype) * torch.exp(step[..., None] * A.to(dtype))
-    kept = kept.unflatten(1, (groups, -1))
+    new = rows.to(dtype)  # the state itself where it has this type
+    new.mul_(torch.exp(step[..., None] * A.to(dtype)))
+    grouped = new.unflatten(1, (groups, -1))
     scaled = (step * wide).unflatten(1, (groups, -1))
-    kept.addcmul_(scaled[..., None], B.to(dtype)[:, :, None, None])
-    new = kept.flatten(1, 2)
-    if state_batch_indices is None:
-        state.copy_(new)
-    else:
+    grouped.addcmul_(scaled[..., None], B.to(dtype)[:, :, None, None])
+    if state_batch_indices is not None:
         state[state_batch_indices.long()] = new.to(state.dtype)
-    out = (kept @ C.to(dtype)[:, :, None, :, None]).squeeze(-1).flatten(1, 2)
+    elif new is not state:
+        state.copy_(new)
+    # One product a group, all its heads side by side.
+    out = (grouped.flatten(2, 3) @ C.to(dtype)[..., None]).view(x.shape)
     if D is not None:
         out = out + wide * D.to(dtype)
     if z is not None:
         out = out * F.silu(z.to(dtype))
     return out.to(x.dtype)
+
+
+def _same_within_heads(dt: Tensor, A: Tensor, dt_bias: Tensor | None) -> bool:
+    """Whether the decay is one number a head, repeated without a copy, as Mamba-2 has it."""
+    strides = [*A.stride()[-2:], dt.stride(-1)]
+    strides += [] if dt_bias is None else [dt_bias.stride(-1)]
+    return not any(strides)

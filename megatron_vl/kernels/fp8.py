@@ -25,8 +25,11 @@ Shapes: R, C rows of the two operands, K contraction, k blocks of K, r blocks of
 import functools
 import importlib.util
 import shutil
+import struct
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ParamSpec
 
 import torch
@@ -40,8 +43,18 @@ BLOCK = 128
 # Keeps scales and their inverses normal float32 numbers in both formats.
 SMALLEST_AMAX = 2.0**-110
 _EXPONENT_BITS = 0x7F800000
+_MANTISSA_BITS = 0x007FFFFF
+_ONE_BITS = 0x3F800000
+# LARGEST as float32.
+_LARGEST_BITS = {
+    kind: int.from_bytes(struct.pack(">f", largest), "big") for kind, largest in LARGEST.items()
+}
 # What cuBLAS wants of every dimension of an FP8 product.
 ALIGNMENT = 16
+
+MOST_COMPILED = 32
+"""Kinds of matrices a quantizer is compiled for (types, layouts, lengths of one); the compiler
+raises beyond, and by itself it does so beyond 8, which a run of the 12B has."""
 
 P = ParamSpec("P")
 Cast = tuple[Tensor, Tensor]
@@ -73,7 +86,7 @@ class Quantized:
         if self.rows_per_block == 0:
             return values_RK * self.inverse
         rows, columns = values_RK.shape
-        blocks = _blocked(values_RK, self.rows_per_block)
+        blocks = _blocked(_filled(values_RK, self.rows_per_block), self.rows_per_block)
         scaled = blocks * self.inverse[:, None, :, None]
         return scaled.flatten(2).flatten(0, 1)[:rows, :columns]
 
@@ -89,9 +102,11 @@ def decode(data: Tensor) -> Tensor:
 
 @functools.cache
 def _can_compile() -> bool:
-    """Triton is there, and the C compiler it needs for its launchers."""
+    """Triton is there, and what it builds its launchers with: a C compiler, Python's headers."""
     compilers = ("cc", "gcc", "clang")
-    return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    found = importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
+    return found and header.is_file()
 
 
 def _fused_on_cuda(function: Callable[P, Cast]) -> Callable[P, Cast]:
@@ -103,7 +118,9 @@ def _fused_on_cuda(function: Callable[P, Cast]) -> Callable[P, Cast]:
         x_RK = args[0]
         assert isinstance(x_RK, Tensor)
         if x_RK.is_cuda and _can_compile():
-            return compiled()(*args, **kwargs)
+            # Set for every call: the setting is a thread's own, and backward has its own threads.
+            with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+                return compiled()(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call
@@ -122,8 +139,13 @@ def power_of_two_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
     Args:
         amax: float32 magnitudes, any shape.
     """
-    ratio = LARGEST[dtype] / amax.clamp(min=SMALLEST_AMAX)
-    scale = (ratio.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
+    bits = amax.clamp(min=SMALLEST_AMAX).view(torch.int32)
+    largest_bits = _LARGEST_BITS[dtype]
+    # The exponent of LARGEST / amax, one less where amax has the larger mantissa. Integers, since
+    # compiled code divides by multiplying with an approximate inverse.
+    borrows = (bits & _MANTISSA_BITS) > (largest_bits & _MANTISSA_BITS)
+    exponent = (largest_bits & _EXPONENT_BITS) - (bits & _EXPONENT_BITS) - (borrows.int() << 23)
+    scale = (exponent + _ONE_BITS).view(torch.float32)
     return torch.where(amax.isfinite(), scale, torch.nan)
 
 
@@ -134,20 +156,24 @@ def quantize_tensor(x_RK: Tensor, dtype: torch.dtype, amax: Tensor | None = None
         amax: float32 scalar the scale is made for, as delayed scaling gives it; values beyond its
             range saturate. The matrix's own when None (current scaling).
     """
-    data_RK, inverse = _cast_tensor(x_RK, dtype, amax)
+    data_RK, inverse = _cast_tensor(x_RK.detach(), dtype, amax)
     return Quantized(data_RK, inverse, rows_per_block=0)
 
 
 def quantize_rows(x_RK: Tensor, dtype: torch.dtype = E4M3) -> Quantized:
     """One scale for each 128 neighbours of a row."""
-    data_RK, inverse_Rk = _cast_blocks(x_RK, dtype, 1)
-    return Quantized(data_RK, inverse_Rk, rows_per_block=1)
+    return _quantize_blocks(x_RK, dtype, 1)
 
 
 def quantize_squares(x_RK: Tensor, dtype: torch.dtype = E4M3) -> Quantized:
     """One scale for each 128x128 block."""
-    data_RK, inverse_rk = _cast_blocks(x_RK, dtype, BLOCK)
-    return Quantized(data_RK, inverse_rk, rows_per_block=BLOCK)
+    return _quantize_blocks(x_RK, dtype, BLOCK)
+
+
+def _quantize_blocks(x_RK: Tensor, dtype: torch.dtype, rows_per_block: int) -> Quantized:
+    rows, columns = x_RK.shape
+    data_RK, inverse = _cast_blocks(_filled(x_RK.detach(), rows_per_block), dtype, rows_per_block)
+    return Quantized(data_RK[:rows, :columns].contiguous(), inverse, rows_per_block)
 
 
 @_fused_on_cuda
@@ -161,20 +187,24 @@ def _cast_tensor(x_RK: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Cast:
 
 @_fused_on_cuda
 def _cast_blocks(x_RK: Tensor, dtype: torch.dtype, rows_per_block: int) -> Cast:
-    rows, columns = x_RK.shape
+    """Whole blocks alone."""
     blocks = _blocked(x_RK.contiguous().float(), rows_per_block)
     scale = power_of_two_scale(blocks.abs().amax((1, 3)), dtype)
-    scaled = (blocks * scale[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns]
-    return scaled.to(dtype).contiguous(), scale.reciprocal()
+    scaled = (blocks * scale[:, None, :, None]).flatten(2).flatten(0, 1)
+    return scaled.to(dtype), scale.reciprocal()
+
+
+def _filled(x_RK: Tensor, rows_per_block: int) -> Tensor:
+    """Ragged ends filled with zeros."""
+    rows, columns = x_RK.shape
+    fill = (0, -columns % BLOCK, 0, -rows % rows_per_block)
+    return F.pad(x_RK, fill) if any(fill) else x_RK
 
 
 def _blocked(x_RK: Tensor, rows_per_block: int) -> Tensor:
-    """(r, rows of a block, k, 128); ragged ends filled with zeros."""
+    """(r, rows of a block, k, 128), of whole blocks."""
     rows, columns = x_RK.shape
-    fill = (0, -columns % BLOCK, 0, -rows % rows_per_block)
-    filled = F.pad(x_RK, fill) if any(fill) else x_RK
-    blocks = (filled.shape[0] // rows_per_block, rows_per_block, filled.shape[1] // BLOCK, BLOCK)
-    return filled.reshape(blocks)
+    return x_RK.reshape(rows // rows_per_block, rows_per_block, columns // BLOCK, BLOCK)
 
 
 def scaled_mm(a_RK: Quantized, b_CK: Quantized, out_dtype: torch.dtype) -> Tensor:

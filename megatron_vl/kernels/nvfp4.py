@@ -1,24 +1,20 @@
-"""Fake quantization: NVFP4 numbers held in an ordinary floating type, with a gradient.
+"""Fake quantization: NVFP4 numbers held in an ordinary floating type.
 
 A number is code * block scale * tensor scale, where codes are E2M1, 16 numbers of a row share an
 E4M3 block scale, made from their own amax, and a tensor has one float32 scale, amax / (6 * 448).
 All roundings are to nearest, ties to even; all arithmetic is float32.
 
 Why: a student that multiplies these numbers computes what the released weights compute, on any
-device, and its gradient goes straight through the rounding.
+device; for its gradient see `straight_through`.
 
-The gradient of a number beyond its tensor's amax, which saturates, is zero; of all others it is the
-gradient of what it became. Nothing is refused; an infinite number or a NaN makes its block NaN, so
-that it reaches the loss instead of saturating. Costs about a dozen passes over the numbers, and in
-the backward pass a byte for each.
+Nothing is refused; an infinite number or a NaN makes its block NaN, so that it reaches the loss
+instead of saturating. Costs about a dozen passes over the numbers.
 
 Source: NVIDIA's Model Optimizer, whose emulation this repeats bit for bit; an export quantizes to
 the same values.
 
 Shapes: R rows, K columns (a multiple of 16 in NVFP4), B blocks of a row, G numbers of a block.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,40 +63,3 @@ def _some_rows(x_RK: Tensor, scale: Tensor) -> Tensor:
     distance_RBG = powers.clamp_(1, 4).mul_(0.5)
     codes_RBG = scaled_RBG.div_(distance_RBG).round_().mul_(distance_RBG)
     return codes_RBG.clamp_(-E2M1_LARGEST, E2M1_LARGEST).mul_(steps_RB.unsqueeze(-1)).flatten(-2)
-
-
-def straight_through(x_RK: Tensor, amax: Tensor) -> Tensor:
-    """Fake-quantized `x_RK` in its own type, with the clipped gradient of the module docstring.
-
-    Args:
-        amax: 0-dim, the largest magnitude that does not saturate.
-    """
-    return _StraightThrough.apply(x_RK, amax)
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RK: Tensor, amax: Tensor) -> Tensor:
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(x_RK.abs() <= amax)
-        return fake_nvfp4(x_RK, amax)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (inside_RK,) = ctx.saved_tensors
-        return grads[0] * inside_RK, None
-
-
-def stand_in(weight: Tensor, values: Tensor) -> Tensor:
-    """`values` for a weight they were made from; their gradient is the weight's."""
-    return _StandIn.apply(weight, values)
-
-
-class _StandIn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Tensor) -> Tensor:
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None

@@ -126,7 +126,7 @@ def prepare_distillation(trainee: Trainee, config: StageConfig, source: Path | N
     load_weights(source, teacher, trainee.groups)
     teacher.requires_grad_(False)
     teacher.eval()
-    student = FakeQuantized(trainee.module, trainee.groups)
+    student = FakeQuantized(trainee.module, trainee.groups, config.distill.student)
     trainee.distillation = Distillation(teacher, student, config.distill.temperature)
 
 
@@ -158,7 +158,8 @@ def calibrate(trainee: Trainee, config: StageConfig, *, cursor: int) -> list[str
         loader.close()
     seen = (config.distill.calibration_batches * config.train.global_batch, tokens)
     student.quantize(recorder.agreed(trainee.groups), seen)
-    return [f"calibrated on {seen[0]} packs, {tokens:,} tokens: the decoder computes in NVFP4"]
+    computes = f"the decoder computes in {config.distill.student.value}"
+    return [f"calibrated on {seen[0]} packs, {tokens:,} tokens: {computes}"]
 
 
 @dataclass(frozen=True)

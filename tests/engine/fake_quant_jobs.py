@@ -20,7 +20,7 @@ def values(file: Path, overrides: list[str]) -> dict[str, tuple[Place, Tensor]]:
     groups = process_groups.create(config.parallel, config.train.seed)
     module = build_model(config, groups)
     initialize(module, groups, config.model, config.train.seed)
-    layers = FakeQuantized(module, groups)
+    layers = FakeQuantized(module, groups, config.distill.student)
     layers.quantize(dict.fromkeys(layers.linears, 4.0), (1, 1))
     for linear in layers.linears.values():
         assert linear.operands is not None

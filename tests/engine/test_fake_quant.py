@@ -10,6 +10,7 @@ from torch import Tensor
 from checkpoint_tools import quantize
 from checkpoint_tools.name_rules import name_table
 from checkpoint_tools.quantized_layout import (
+    FP8,
     MODELOPT,
     NVFP4,
     Quantization,
@@ -19,6 +20,7 @@ from checkpoint_tools.quantized_layout import (
 )
 from megatron_vl.config.load import load_stage
 from megatron_vl.config.schema import StageConfig
+from megatron_vl.config.schema_distill import StudentFormat
 from megatron_vl.engine.fake_quant import FakeQuantized
 from megatron_vl.engine.input_amax import SUFFIX, InputAmax, decoder_linears, published
 from megatron_vl.engine.sharding import sharded_tensors
@@ -48,17 +50,21 @@ def groups(model: VisionLanguageModel) -> ProcessGroupCollection:
     return model.language_model.pg_collection
 
 
-def exported(config: StageConfig, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What an NVFP4 export of these weights decodes to, by stored name; quantized weights alone."""
+def exported(config: StageConfig, stored: dict[str, Tensor], form: str) -> dict[str, Tensor]:
+    """What an export of these weights decodes to, by stored name; quantized weights alone."""
     rules = [rule for rule in name_table(config.model).rules if applies(rule)]
     inputs = {module: torch.tensor(1.0) for module in quantized_modules(rules)}
     found = {}
     for rule in rules:
-        made = quantizer(rule, Quantization(NVFP4, MODELOPT, inputs))(
+        made = quantizer(rule, Quantization(form, MODELOPT, inputs))(
             [stored[slot.name] for slot in rule.stored]
         )
-        each = zip(made[0::4], made[1::4], made[2::4], strict=True)
-        values = [decoded(quantize.Fp4(codes, blocks), scale) for codes, blocks, scale in each]
+        if form == NVFP4:
+            each = zip(made[0::4], made[1::4], made[2::4], strict=True)
+            values = [decoded(quantize.Fp4(codes, blocks), scale) for codes, blocks, scale in each]
+        else:
+            pairs = zip(made[0::3], made[1::3], strict=True)
+            values = [data.float() * scale for data, scale in pairs]
         found |= zip((slot.name for slot in rule.stored), rule.to_stored(values), strict=True)
     return found
 
@@ -71,17 +77,19 @@ def test_the_linears_are_those_a_release_quantizes(
     assert named.keys() == {module + SUFFIX for module in modules}
 
 
+@pytest.mark.parametrize("form", [FP8, NVFP4])
 def test_weights_become_what_their_export_decodes_to(
-    model: VisionLanguageModel, student: StageConfig, groups: ProcessGroupCollection
+    model: VisionLanguageModel, student: StageConfig, groups: ProcessGroupCollection, form: str
 ) -> None:
     """Of every linear, as the weights are at the last refresh."""
-    layers = FakeQuantized(model, groups)
+    layers = FakeQuantized(model, groups, StudentFormat(form))
     layers.quantize(dict.fromkeys(layers.linears, 4.0), (1, 1))
     with torch.no_grad():
         for linear in layers.linears.values():
             linear.weight.mul_(1.1)
     layers.refresh()
-    expected = exported(student, {s.key: s.data.detach() for s in sharded_tensors(model, groups)})
+    stored = {s.key: s.data.detach() for s in sharded_tensors(model, groups)}
+    expected = exported(student, stored, form)
     weights = {linear: linear.weight.data for linear in layers.linears.values()}
     for linear, weight in weights.items():
         assert linear.operands is not None
@@ -116,16 +124,17 @@ def test_the_recorder_sees_what_a_linear_multiplies(
 def test_an_input_that_was_never_seen_is_refused(
     model: VisionLanguageModel, groups: ProcessGroupCollection
 ) -> None:
-    recorder = FakeQuantized(model, groups).recorder()
+    recorder = FakeQuantized(model, groups, StudentFormat.nvfp4).recorder()
     with pytest.raises(ValueError, match=r"the largest input of decoder\.0\.mixer\.in_proj is 0"):
         recorder.agreed(groups)
 
 
-def test_tensor_ranks_hold_the_parts_of_one_ranks_values(ranks: RankPool) -> None:
+@pytest.mark.parametrize("form", [FP8, NVFP4])
+def test_tensor_ranks_hold_the_parts_of_one_ranks_values(ranks: RankPool, form: str) -> None:
     """The scale of a matrix is made of all of it, wherever its largest number lies."""
-    file = LAPTOP / "qad_nvfp4.yaml"
-    (alone,) = ranks.run(1, fake_quant_jobs.values, file, ["parallel.data=1"])
-    split = ["parallel.data=1", "parallel.tensor=2", "parallel.sequence=true"]
+    file, common = LAPTOP / "qad_nvfp4.yaml", ["parallel.data=1", f"distill.student={form}"]
+    (alone,) = ranks.run(1, fake_quant_jobs.values, file, common)
+    split = [*common, "parallel.tensor=2", "parallel.sequence=true"]
     halves = ranks.run(2, fake_quant_jobs.values, file, split)
     assert len(alone) == 32
     for key, (_, values) in alone.items():

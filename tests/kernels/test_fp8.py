@@ -1,5 +1,6 @@
 """FP8 quantizers against the definition of the formats, products against exact sums."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -222,11 +223,55 @@ def test_compiled_as_on_cuda_the_bytes_are_the_same(kind: str) -> None:
     cast = fp8._cast_tensor if kind == "tensor" else fp8._cast_blocks
     option = None if kind == "tensor" else KINDS[kind][1][0]
     compiled = torch.compile(cast.__wrapped__, dynamic=True, fullgraph=True, backend="aot_eager")
-    for x in (torch.randn(20, 300).bfloat16(), torch.randn(256, 40).t()):
+    for x in (torch.randn(128, 384).bfloat16(), torch.randn(256, 128).t()):
         data, inverse = compiled(x, E4M3, option)
         expected, expected_inverse = cast(x, E4M3, option)
         assert torch.equal(data.view(torch.uint8), expected.view(torch.uint8))
         assert torch.equal(inverse, expected_inverse)
+
+
+def matrices() -> list[Tensor]:
+    """What a run quantizes, by what a compiler tells apart: whole, ragged and square, turned,
+    learning and not, one row, in bfloat16 and float32."""
+    shapes = [(256, 512), (512, 512), (200, 300), (1, 512), (128, 128)]
+    found = []
+    for rows, columns in shapes:
+        plain = torch.randn(rows, columns).bfloat16()
+        learning = torch.randn(rows, columns).bfloat16().requires_grad_()
+        turned = torch.randn(columns, rows).bfloat16().t()
+        found += [plain, learning, turned, plain.float()]
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "blockwise"])
+def test_a_run_compiles_no_more_than_the_compiler_allows(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond `MOST_COMPILED` it raises in the middle of a step."""
+    if recipe == "blockwise":
+        name, quantizers = "_cast_blocks", [fp8.quantize_rows, fp8.quantize_squares]
+    else:
+        quantize, amax = fp8.quantize_tensor, torch.tensor(3.0)
+        name = "_cast_tensor"
+        quantizers = [functools.partial(quantize, dtype=t, amax=amax) for t in (E4M3, E5M2)]
+    plain, made = getattr(fp8, name), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        made.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(plain.__wrapped__, dynamic=True, fullgraph=True, backend=backend)
+    for quantize in quantizers:
+        for x in matrices():
+            monkeypatch.setattr(fp8, name, plain)
+            expected = quantize(x)
+            monkeypatch.setattr(fp8, name, compiled)
+            with torch._dynamo.config.patch(recompile_limit=fp8.MOST_COMPILED):
+                found = quantize(x)
+            assert torch.equal(found.data_RK.view(torch.uint8), expected.data_RK.view(torch.uint8))
+            assert torch.equal(found.inverse, expected.inverse)
+    assert 1 < len(made) < fp8.MOST_COMPILED
 
 
 @pytest.mark.parametrize(

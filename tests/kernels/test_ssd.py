@@ -246,6 +246,35 @@ def test_one_token_at_a_time_equals_the_scan(indexed: bool) -> None:
         assert relative(state[[3, 1] if indexed else [0, 1]], final) < 1e-5
 
 
+def test_a_step_does_not_depend_on_how_the_decay_is_stored() -> None:
+    """One number a head, repeated without a copy or with one; a state in another type, too."""
+    generator = torch.Generator().manual_seed(12)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, shared, skip = random(2, 6, 8), random(2, 2, 3, 16), random(6, 8)
+    step, bias, rate = random(2, 6), random(6), -random(6).exp()
+    repeated = (
+        step[..., None].expand(2, 6, 8),
+        rate[:, None, None].expand(6, 8, 16),
+        bias[:, None].expand(6, 8),
+    )
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+        before = random(2, 6, 8, 16).to(dtype)
+        results = []
+        for dt, A, dt_bias in (repeated, tuple(t.contiguous() for t in repeated)):
+            state = before.clone()
+            out = selective_state_update(
+                state, x, dt, A, shared[:, :, 0], shared[:, :, 1], skip, None, dt_bias, True
+            )
+            results.append((out, state))
+        (out, state), (others, theirs) = results
+        assert relative(out, others) < 1e-6
+        assert relative(state, theirs) < bound
+        assert relative(state, before) > 0.1
+
+
 def test_chunks_cover_the_sequence_once() -> None:
     for length in (1, 15, 16, 17, 100):
         covered = [
