@@ -8,7 +8,7 @@ from megatron_vl.config.recipe import Recipe, gate_of, load_graph
 from tests.conftest import LAPTOP, REPOSITORY
 
 # Held-out loss of code by `mvl evaluate`, 64 samples, in one run of the recipe (docs/log.md).
-MEASURED = {"stage1": 3.9949, "stage2": 4.2167, "stage3": 3.9769}
+MEASURED = {"stage1": 4.0123, "stage2": 4.2490, "stage3": 3.9623}
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +18,9 @@ def laptop() -> Recipe:
 
 def test_both_recipes_end_in_a_release_of_three_formats(laptop: Recipe) -> None:
     large = load_graph(REPOSITORY / "stages" / "nano_12b_v2_vl")
-    for recipe in (laptop, large):
+    for recipe, students in ((laptop, ("qad_fp8", "qad_nvfp4")), (large, ("qad_nvfp4",))):
         assert recipe.graph.names[-1] == "release"
-        assert recipe.graph.parents["release"] == ("stage4", "qad_nvfp4")
+        assert recipe.graph.parents["release"] == ("stage4", *students)
         from_stages = [name for name in starts_from(recipe) if name.startswith("stage")]
         assert from_stages == ["stage0", "stage1", "stage2", "stage3", "stage4"]
         assert {starts_from(recipe)[name] for name in from_stages} == {
