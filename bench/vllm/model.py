@@ -1,4 +1,4 @@
-"""A random model that vLLM can build, imported and exported by this project's own tools.
+"""A random model that vLLM can build, imported by this project's own tools.
 
 vLLM takes encoders by timm name alone, so the smallest is vit_small (384 wide, 12 layers); the
 decoder has one of each layer kind. 23 M parameters, drawn far from zero and from each other.
@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint_tools.export_hf import ExportOptions, export
 from checkpoint_tools.import_hf import import_folder
 from checkpoint_tools.name_rules import name_table
 from checkpoint_tools.published_config import TokenIds, published_config
@@ -70,8 +69,8 @@ def stage() -> StageConfig:
     )
 
 
-def make_release(folder: Path) -> Path:
-    """Draw, import, export in bfloat16; returns the exported folder."""
+def make_stage(folder: Path) -> Path:
+    """Draw and import; returns the stage folder."""
     config, drawn = stage(), folder / "drawn"
     drawn.mkdir(parents=True)
     tokenizer = _tokenizer(folder / "tokenizer.json")
@@ -81,8 +80,7 @@ def make_release(folder: Path) -> Path:
     (drawn / CONFIG_FILE).write_text(json.dumps(said))
     (drawn / PUBLISHED_TOKENIZER).write_text(tokenizer)
     import_folder(drawn, folder / "stage", None, 1, lambda progress: None)
-    export(folder / "stage", folder / "release", ExportOptions("bf16"), lambda progress: None)
-    return folder / "release"
+    return folder / "stage"
 
 
 def _tensors(model: ModelConfig) -> dict[str, Tensor]:
