@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
+from launch import exit_codes
+from launch.nodes.errors import CERTIFICATE_FAILED
 from launch.reasons import is_echo
 
 
@@ -25,6 +27,7 @@ class Cause(Enum):
     bad_data = "bad_data"
     bad_checkpoint = "bad_checkpoint"
     disk_full = "disk_full"
+    certificate_failed = "certificate_failed"
 
     @property
     def is_external(self) -> bool:
@@ -62,6 +65,7 @@ _BY_SLURM = (
     (Cause.out_of_memory, r"OUT_OF_MEMORY|oom[-_ ]kill|Out Of Memory|exceeded memory limit"),
 )
 _BY_RANKS = (
+    (Cause.certificate_failed, rf"\A{CERTIFICATE_FAILED}"),
     (
         Cause.out_of_memory,
         r"OutOfMemoryError|out of memory|MemoryError|can't allocate memory|bad_alloc"
@@ -75,16 +79,17 @@ _BY_RANKS = (
     (Cause.bad_checkpoint, r"CheckpointError|CheckpointingException"),
     (Cause.bad_data, r"BadDataError|DataEndedError|ValueError: [^\n]*\(megatron_vl/data/"),
     (Cause.bad_config, r"ConfigError|RunError|ReceiptError|ParentError|ValueError"),
+    (Cause.bad_config, rf"\A`mvl [^`]*` exited with status {exit_codes.USAGE}:"),
 )
 _ADVICE = {
     Cause.time_limit: "Look whether a save fits into the time: raise time.limit_minutes of the "
     "site, or save more often (checkpoint.every).",
     Cause.preempted: "Ask for a partition or QOS that is preempted less, or save more often "
     "(checkpoint.every), so that each start gets further.",
-    Cause.node_lost: "Look at the nodes named above (sinfo -R), name a sick one in job.exclude of "
-    "the site, then resume.",
+    Cause.node_lost: "Look at the nodes named above (sinfo -R), leave a sick one out with "
+    "`mvl nodes exclude`, then resume.",
     Cause.crashed: "Read the last lines. The same error at the same step on other nodes is a "
-    "defect; at another step on one node, the node's: name it in job.exclude.",
+    "defect; at another step on one node, the node's: leave it out with `mvl nodes exclude`.",
     Cause.stopped: "Nothing is wrong: it was asked to stop.",
     Cause.out_of_memory: "Lower the memory of a rank: more recompute (recompute.decoder), a "
     "smaller train.loss_chunk, more tensor or context ranks, a shorter data.sequence_length. On "
@@ -101,7 +106,12 @@ _ADVICE = {
     "the stage's checkpoints folder; the stage then goes on from the one before it.",
     Cause.disk_full: "Make room (older checkpoints of done stages can go), then resume: "
     "unfinished saves are not used.",
+    Cause.certificate_failed: "Nothing was released: the same weights held to the same bounds fail "
+    "again. The message says which checks failed and what to do next; docs/release.md explains "
+    "each. Change the stage or the node's file.",
 }
+CHANGED_FILES = (Cause.bad_config, Cause.certificate_failed)
+"""Causes after which a file of the recipe is changed, so that it must be submitted again."""
 
 
 def classify(evidence: Evidence) -> Cause:

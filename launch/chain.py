@@ -27,8 +27,10 @@ from launch.follow import Watcher, make_watcher
 from launch.gates import PAGE, settle_gate
 from launch.local import GRACE_SECONDS, CommandBuilder, RankGroup, RankResult, rank_commands
 from launch.lock import RunLock, holder
+from launch.nodes.errors import CERTIFICATE_FAILED
 from launch.reasons import why
 from launch.summary import print_summary
+from launch.way_on import resume, submit_again
 from megatron_vl.config.recipe import TRAIN, load_work
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.config.schema_node import Work
@@ -217,7 +219,10 @@ def _print_way_on(run: RunFolder) -> None:
             return
         if receipt is not None and not receipt.done:
             print(f"its log: mvl logs {shlex.quote(str(run.path))} {stage.name}")
-            print(f"to go on from its last checkpoint: mvl resume {shlex.quote(str(run.path))}")
+            if CERTIFICATE_FAILED in receipt.reason:
+                print(f"to go on after a change of the recipe: {submit_again(run)}")
+            else:
+                print(f"to go on from its last checkpoint: {resume(run)}")
             return
 
 

@@ -52,8 +52,8 @@ def add_commands(inside: Any, command: Callable[..., Any]) -> None:
     )
     bring = command(
         inside, "import", here + "import_folder", "Make a stage folder of a Hugging Face folder.",
-        "mvl checkpoint import releases/demo runs/tuned/stages/00_init --like "
-        "stages/laptop/init.yaml",
+        "mvl checkpoint import releases/demo/bf16 runs/tuned/stages/00_init --like "
+        "stages/laptop/stage0.yaml",
     )  # fmt: skip
     bring.add_argument("folder", metavar="HF", help="a folder of NemotronH_Nano_VL_V2")
     bring.add_argument("out", metavar="OUT", help="the stage folder to make")
@@ -66,7 +66,7 @@ def add_commands(inside: Any, command: Callable[..., Any]) -> None:
         inside, "assemble", here + "assemble",
         "Make a starting checkpoint of a released decoder and a released encoder.",
         "mvl checkpoint assemble --decoder NVIDIA-Nemotron-Nano-12B-v2 --encoder C-RADIOv2-VLM-H "
-        "runs/12b/stages/00_init --like stages/nano_12b_v2_vl/init.yaml",
+        "runs/12b/stages/00_init --like stages/nano_12b_v2_vl/stage0.yaml",
     )  # fmt: skip
     assemble.add_argument("--decoder", required=True, metavar="HF", help="a nemotron_h folder")
     assemble.add_argument("--encoder", required=True, metavar="HF", help="a RADIO folder")
@@ -247,7 +247,7 @@ def import_folder(args: Namespace) -> int:
     """Make a stage folder of a published folder."""
     from checkpoint_tools.import_hf import import_folder as write
 
-    like = Path(args.like) if args.like else None
+    like = stage_file(args.like) if args.like else None
     write(Path(args.folder), Path(args.out), like, args.seed, _say)
     return _made(args.out)
 
@@ -256,8 +256,27 @@ def assemble(args: Namespace) -> int:
     """Make a stage folder of a decoder and an encoder."""
     from checkpoint_tools.assemble import assemble as write
 
-    write(Path(args.decoder), Path(args.encoder), Path(args.out), Path(args.like), _say)
+    like = stage_file(args.like)
+    write(Path(args.decoder), Path(args.encoder), Path(args.out), like, _say)
     return _made(args.out)
+
+
+def stage_file(name: str) -> Path:
+    """The file of --like.
+
+    Raises:
+        ConfigError: it is no file of a recipe, or a node's and not a training stage's.
+    """
+    from megatron_vl.config.errors import ConfigError
+    from megatron_vl.config.load_node import load_node, node_kind
+
+    path = Path(name)
+    kind = node_kind(path)
+    if kind is None:
+        return path
+    stage = getattr(load_node(path), "like", None)
+    nearest = f"; it is made like {path.with_name(stage + path.suffix)}" if stage else ""
+    raise ConfigError(f"--like {name} is a node ({kind.value}) and no training stage{nearest}")
 
 
 def _made(out: str) -> int:
@@ -270,7 +289,7 @@ def _made(out: str) -> int:
 def explain(args: Namespace) -> int:
     """Print what is known about a checkpoint or a published folder."""
     from checkpoint_tools.explain import explain as look
-    from checkpoint_tools.explain import explain_text
+    from checkpoint_tools.explain_text import explain_text
 
     known = look(Path(args.checkpoint), verify=args.verify)
     print(json.dumps(known, indent=2) if args.json else explain_text(known))

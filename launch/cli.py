@@ -6,8 +6,10 @@ without a traceback (MVL_TRACEBACK=1 shows it); exit codes are in docs/exit_code
 """
 
 import argparse
+import errno
 import importlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,10 +19,14 @@ from launch import exit_codes
 from launch.checkpoint_commands import add_commands as add_checkpoint_commands
 from launch.data_arguments import add_data_commands
 from launch.infer_arguments import add_commands as add_infer_commands
+from launch.parser import Parser
 from launch.run_arguments import RUN as _RUN
 from launch.run_arguments import add_run_commands
 
-_WORKERS = ("train", "node", "check-rank", "doctor-rank", "supervise", "job-begin", "job-end")
+_WORKERS = (
+    "train", "node", "check-rank", "doctor-rank", "doctor-node", "supervise", "job-begin", "job-end"
+)  # fmt: skip
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FILE = "a stage file, such as stages/laptop/stage0.yaml"
 
 
@@ -45,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _code_of(error, args.command)
         if code == exit_codes.ERROR or os.environ.get("MVL_TRACEBACK") == "1":
             raise
-        print(f"mvl {args.command}: {_message(error)}", file=sys.stderr)
+        print(f"mvl {args.command}: {_message(error, args)}", file=sys.stderr)
         return code
 
 
@@ -62,7 +68,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if rest:
         strangers = [word for word in rest if "=" not in word or word.startswith("-")]
         if strangers or not hasattr(args, "overrides"):
-            parser.error(f"unrecognized arguments: {' '.join(strangers or rest)}")
+            args.parser.refuse_unknown(strangers or rest)
         args.overrides = [*args.overrides, *rest]
     return args
 
@@ -87,12 +93,19 @@ def _code_of(error: Exception, command: str) -> int:
 
 
 def _of_a_file(error: OSError) -> bool:
-    """Whether an OSError is about a file that the user named or may not touch."""
-    return error.filename is not None or isinstance(error, FileNotFoundError)
+    """Whether an OSError is about a file that the user named or may not touch, or about room."""
+    named = error.filename is not None or isinstance(error, FileNotFoundError)
+    return named or error.errno in _NO_ROOM
 
 
-def _message(error: Exception) -> str:
+def _message(error: Exception, args: argparse.Namespace) -> str:
     """An error as a person reads it; the system's own name the file first and need no number."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        place = error.filename or getattr(args, "run", None) or getattr(args, "out", None) or "."
+        return (
+            f"{place}: {error.strerror}; make room (`df -h {shlex.quote(str(place))}`), then give "
+            "the command again: what is unfinished is not used"
+        )
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
@@ -100,7 +113,7 @@ def _message(error: Exception) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; imports nothing heavy."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mvl",
         description="Train, launch and release hybrid vision-language models in stages.",
         epilog="example:\n  mvl plan stages/laptop\n"
@@ -240,7 +253,8 @@ def _command(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(handler=handler)
+    parser.hidden = hidden
+    parser.set_defaults(handler=handler, parser=parser)
     return parser
 
 

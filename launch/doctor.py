@@ -46,7 +46,7 @@ PACKAGES = (
     Package("causal-conv1d", "the Mamba-2 convolution on GPUs", "plain torch: slower"),
     Package("scikit-image", "pictures of the laptop's data", "`mvl data prepare` needs other data"),
     Package("scikit-learn", "texts of the laptop's data", "`mvl data prepare` needs other data"),
-    Package("transformers", "a reference for the tests", "those tests skip"),
+    Package("transformers", "the certificate of a release", "nothing is released"),
     Package("tensorboard", "curves in TensorBoard", "nothing trains", needed=True),
 )
 
@@ -69,10 +69,6 @@ class Report:
 
 def main(args: Namespace) -> int:
     """Look, measure, and say."""
-    if args.job:
-        from launch.slurm.examine import main as examine_node
-
-        return examine_node(args)
     report = examine()
     if not args.quick and report.packages["torch"]:
         rate, problem = all_reduce()

@@ -2,7 +2,8 @@
 
 What: name, memory, temperature, and what makes a GPU unfit: memory errors that could not be
 corrected, and memory that waits for a reset to be retired.
-What it refuses: nothing; a machine without the command has no GPUs. What it costs: one call.
+What it refuses: nothing; a machine without the command has no GPUs. A line that is not of the form
+asked for is named, its GPU is not counted. What it costs: one call.
 """
 
 import shutil
@@ -45,7 +46,12 @@ def read_gpus() -> tuple[list[Gpu], str]:
         said = " ".join((done.stdout + done.stderr).split())
         return [], f"nvidia-smi failed: {said or f'exit status {done.returncode}'}"
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
-    return [_gpu(*row) for row in rows if len(row) == len(_FIELDS)], ""
+    read = [_gpu(*row) for row in rows if len(row) == len(_FIELDS)]
+    unread = [", ".join(row) for row in rows if len(row) != len(_FIELDS)]
+    if not unread:
+        return read, ""
+    lines = f"{len(unread)} of {len(rows)} lines that are not of {len(_FIELDS)} columns"
+    return read, f"nvidia-smi printed {lines}, the first is {unread[0]!r}"
 
 
 def _gpu(index: str, name: str, memory: str, temperature: str, errors: str, pending: str) -> Gpu:

@@ -25,7 +25,7 @@ def _add_generate(commands: Any, command: Callable[..., Any]) -> None:
     generate = command(
         commands, "generate", "launch.infer_commands:generate", "Ask a trained model.",
         "mvl generate runs/demo --image picture.png --prompt 'What is this?'\n"
-        "  mvl generate releases/demo --video clip.mp4 --evs-rate 0.75 --prompt 'What happens?'",
+        "  mvl generate releases/demo/bf16 --video clip.mp4 --evs-rate 0.75 --prompt 'What is it?'",
     )  # fmt: skip
     generate.add_argument("checkpoint", metavar="CKPT_OR_EXPORT", help=_MODEL)
     asked = generate.add_mutually_exclusive_group(required=True)
@@ -77,13 +77,13 @@ def _add_evaluate(commands: Any, command: Callable[..., Any]) -> None:
     evaluate = command(
         commands, "evaluate", "launch.infer_commands:evaluate",
         "Measure a model on held-out data, or read other tools' results.",
-        "mvl evaluate runs/demo loss qa image_swap --out metrics.json\n"
+        "mvl evaluate runs/demo qa image_swap --out metrics.json\n"
         "  mvl evaluate --results outputs/vlmevalkit --out metrics.json",
     )  # fmt: skip
     evaluate.add_argument("checkpoint", nargs="?", metavar="CKPT_OR_EXPORT", help=_MODEL)
     evaluate.add_argument(
         "suites", nargs="*", metavar="SUITE",
-        help="loss, code, ocr, qa, image_swap, frame_shuffle; default: all the data allows",
+        help="a source of the data (qa, ocr, ...), image_swap, frame_shuffle; default: all",
     )  # fmt: skip
     evaluate.add_argument("--out", required=True, metavar="F", help="the metrics, one JSON object")
     evaluate.add_argument(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch import exit_codes
+from launch.checkpoint_commands import stage_file
 
 if TYPE_CHECKING:
     from megatron_vl.infer.model import OpenModel
@@ -21,6 +22,8 @@ _EXPORTED = "config.json"
 
 def generate(args: Namespace) -> int:
     """Answer questions."""
+    if args.held_out:
+        _check_data(Path(args.checkpoint), args.like)
     from megatron_vl.infer.generate import main
 
     return main(args, lambda path: open_any(path, args.like))
@@ -42,6 +45,7 @@ def evaluate(args: Namespace) -> int:
     elif args.checkpoint:
         from megatron_vl.infer.evaluate import measure
 
+        _check_data(Path(args.checkpoint), args.like)
         with open_any(Path(args.checkpoint), args.like) as model:
             print(f"opened {model.origin}", flush=True)
             measured = measure(model, args.suites, limit=args.limit)
@@ -49,6 +53,15 @@ def evaluate(args: Namespace) -> int:
     write_metrics(Path(args.out), found)
     print(json.dumps(found, indent=1))
     return exit_codes.OK
+
+
+def _check_data(path: Path, like: str | None) -> None:
+    """Raise ValueError where held-out samples are wanted of a folder that names no data."""
+    if like is None and (path / _EXPORTED).is_file():
+        raise ValueError(
+            f"{path} is an exported folder and has no data of its own; name a stage file whose "
+            "data to ask about: --like STAGE.yaml"
+        )
 
 
 @contextmanager
@@ -60,14 +73,21 @@ def open_any(path: Path, like: str | None = None) -> "Iterator[OpenModel]":
 
     Raises:
         RunError, ConversionError, ConfigError: it is neither, or cannot be used.
-        ValueError: `like` is given for a checkpoint, which has a stage of its own.
+        ValueError: nothing is there, a folder of several exports was named, or `like` is given for
+            a checkpoint, which has a stage of its own.
     """
     if (path / _EXPORTED).is_file():
         from checkpoint_tools.open_export import open_export
 
-        with open_export(path, Path(like) if like else None) as model:
+        with open_export(path, stage_file(like) if like else None) as model:
             yield model
         return
+    inside = sorted(str(found.parent) for found in path.glob(f"*/{_EXPORTED}"))
+    if inside or not path.exists():
+        what = (
+            f"holds exported folders, name one: {', '.join(inside)}" if inside else "is not there"
+        )
+        raise ValueError(f"{path} {what}")
     if like is not None:
         raise ValueError(
             f"{path} is no exported folder; a checkpoint brings its own stage, leave --like out"

@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from types import TracebackType
 
 from launch import exit_codes
 from launch.nodes import node_command
+from launch.ports import free_port
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.config.schema_node import Work
 from megatron_vl.run.folder import RunFolder, StageFolder
@@ -83,7 +83,7 @@ def rank_environment(ranks: int, threads: int) -> dict[str, str]:
     return {
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "MVL_SUPERVISOR": str(os.getpid()),
         "OMP_NUM_THREADS": str(threads or max(1, _num_cores() // ranks)),
         "PYTHONUNBUFFERED": "1",
@@ -204,12 +204,6 @@ def _start(command: RankCommand) -> "subprocess.Popen[bytes]":
 def _signal_group(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _num_cores() -> int:

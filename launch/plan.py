@@ -27,7 +27,7 @@ from launch.site import load_site
 from launch.site_schema import Launcher, SiteConfig
 from launch.slurm.forecast import JobPlan, plan_jobs, print_jobs
 from launch.slurm.shape import Measured
-from launch.submission import missing_data, open_recipe
+from launch.submission import missing_data, open_recipe, outdated_data
 from launch.tables import print_table
 from megatron_vl.config.errors import ConfigError
 from megatron_vl.config.length import derivations
@@ -199,11 +199,11 @@ def _print_all(args: Namespace, recipe: Recipe, plan: Plan, site: SiteConfig) ->
         print_jobs(plan.jobs, site)
         print_time(plan.configs, site, _measured(plan.jobs))
     names = [config.name for config in plan.configs]
-    for note in not_read(recipe, names, args.overrides, site):
+    for note in not_read(recipe, names, site):
         print(f"not read: {note}")
     for problem in plan.problems:
         print(f"problem: {problem}")
-    for problem in plan.missing_data:
+    for problem in [*plan.missing_data, *outdated_data(args.recipe, plan.configs)]:
         print(f"before a submit: {problem}")
     if plan.missing_data:
         made_here = any(config.data.builder != "none" for config in plan.configs)

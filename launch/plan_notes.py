@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch.site_schema import Launcher, SiteConfig
 from megatron_vl.config.conditions import PLATFORM_KEYS
-from megatron_vl.config.load import DEFAULT_ORIGIN, load_with_origins
+from megatron_vl.config.load import DEFAULT_ORIGIN
 from megatron_vl.config.recipe import Recipe
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.config.settle import NOT_READ
@@ -22,18 +22,15 @@ _LOOKED_AT = 5000
 _VIDEO = ("avi", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "ts", "webm", "wmv")
 
 
-def not_read(
-    recipe: Recipe, names: Sequence[str], overrides: Sequence[str], site: SiteConfig
-) -> list[str]:
+def not_read(recipe: Recipe, names: Sequence[str], site: SiteConfig) -> list[str]:
     """One line a key: what a later key has switched off, and what other platforms alone read."""
     notes: dict[str, list[str]] = {}
     on_gpus = site.launcher is Launcher.slurm and site.nodes.gpus > 0
     for name, path, config in recipe.stages:
         if name not in names:
             continue
-        _, origins = load_with_origins(path, overrides)
         blind = shows_no_video(config)
-        for key, origin in origins.items():
+        for key, origin in recipe[name].origins.items():
             if origin.startswith(NOT_READ):
                 reason = f"{key}, as {origin.removeprefix(NOT_READ)}"
                 notes.setdefault(reason, []).append(config.name)

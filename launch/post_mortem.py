@@ -1,11 +1,11 @@
 """The page a person finds when a stage is held: what ended it, the evidence, what to try."""
 
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.causes import Cause, advice
+from launch.causes import CHANGED_FILES, Cause, advice
 from launch.reasons import last_lines
+from launch.way_on import resume, submit_again
 from megatron_vl.run import atomic
 from megatron_vl.run.folder import RunFolder, StageFolder
 
@@ -42,11 +42,11 @@ def write_post_mortem(run: RunFolder, stage: StageFolder, attempt: int, findings
 
 
 def _page(run: RunFolder, stage: StageFolder, attempt: int, found: Findings) -> str:
-    quoted = shlex.quote(str(run.path))
-    name = shlex.quote(stage.name)
+    changed = found.cause in CHANGED_FILES
+    then = submit_again(run) if changed else resume(run, stage.name)
     lines = [f"# {stage.name}, attempt {attempt}: {found.cause.value}", ""]
     lines += [found.ending, "", f"Held: {found.decision}.", "", "## What to try", ""]
-    lines += [advice(found.cause), "", f"Then: `mvl resume {quoted} --from {name}`", ""]
+    lines += [advice(found.cause), "", f"Then: `{then}`", ""]
     if found.facts:
         lines += ["## Facts", "", *(f"- {key}: {value}" for key, value in found.facts.items()), ""]
     if found.slurm:

@@ -6,6 +6,7 @@ a connection broke comes last. Costs one read of each rank's log.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from launch.local import RankResult, describe_end
@@ -42,7 +43,7 @@ def why(
     if result.first_failed is None:
         return "failed", "all ranks exited with status 0, but the trainer wrote no receipt"
     logs = [stage.attempt_path(attempt) / f"rank_{rank}.log" for rank in range(len(result.codes))]
-    rank, said = culprit(result, logs)
+    rank, said = culprit(result, dict(enumerate(logs)))
     ending = f"rank {rank} {describe_end(result.codes[rank])}"
     where = logs[rank].relative_to(stage.path)
     if said:
@@ -53,11 +54,14 @@ def why(
     return "failed", ending + (f"; the end of {where}:\n{tail}" if tail else "; it printed nothing")
 
 
-def culprit(result: RankResult, logs: list[Path]) -> tuple[int, str]:
-    """The rank that ended the attempt and the exception it ended with ("" when it named none)."""
+def culprit(result: RankResult, logs: Mapping[int, Path]) -> tuple[int, str]:
+    """The rank that ended the attempt and the exception it ended with ("" when it named none).
+
+    `logs` are by rank; those of ranks that left none, or that nobody reads, are missing.
+    """
     first = result.first_failed
     assert first is not None
-    said = {rank: last_exception(log) for rank, log in enumerate(logs)}
+    said = {first: ""} | {rank: last_exception(log) for rank, log in logs.items()}
     if result.codes[first] < 0:
         return first, ""  # ended by a signal: what others say is about its absence
     own = [rank for rank, text in said.items() if text and not is_echo(text)]

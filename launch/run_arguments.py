@@ -75,6 +75,7 @@ def add_run_commands(
         "--now", action="store_true", help="on a cluster: end running jobs without waiting"
     )
     _add_gate(commands, command)
+    _add_nodes(commands, command)
     _add_workers(commands, command, override_arguments)
     _add_job_commands(commands, command)
     _add_doctor(commands, command)
@@ -91,6 +92,27 @@ def _add_gate(commands: Any, command: _Command) -> None:
     override.add_argument("stage", metavar="STAGE", help="the stage or node whose gate holds")
     override.add_argument("--reason", required=True, metavar="TEXT", help="why; goes on record")
     override.add_argument("--follow", action="store_true", help="show progress, as for submit")
+
+
+def _add_nodes(commands: Any, command: _Command) -> None:
+    nodes = commands.add_parser("nodes", help="Say which nodes a run leaves out, and change it.")
+    inside = nodes.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
+    handler = "launch.slurm.nodes:main"
+    listed = command(
+        inside, "list", handler, "List the nodes a run leaves out, and why.",
+        "mvl nodes list runs/a",
+    )  # fmt: skip
+    listed.add_argument("run", metavar="RUN", help=RUN)
+    listed.add_argument("--json", action="store_true", help="print one JSON object")
+    for name, text in (
+        ("exclude", "Leave nodes out of a run's later starts, on record."),
+        ("readmit", "Take nodes in again that a run leaves out, on record."),
+    ):
+        example = f"mvl nodes {name} runs/a node17 --reason 'GPU 3 was replaced'"
+        change = command(inside, name, handler, text, example)
+        change.add_argument("run", metavar="RUN", help=RUN)
+        change.add_argument("nodes", nargs="+", metavar="NODE", help="a node's name")
+        change.add_argument("--reason", required=True, metavar="TEXT", help="why; goes on record")
 
 
 def _add_workers(
@@ -149,19 +171,21 @@ def _add_doctor(commands: Any, command: _Command) -> None:
         commands, "doctor", "launch.doctor:main", "Say what this machine has and lacks.",
         "mvl doctor --quick",
     )  # fmt: skip
-    doctor.add_argument(
-        "--job", metavar="DIR", help="as a process of a job: write what is found on this node"
-    )
-    doctor.add_argument("--gpus", type=int, default=0, help="with --job: GPUs to expect")
-    doctor.add_argument("--least-disk-gb", type=float, default=0.0, help="with --job: space")
-    doctor.add_argument("--all-reduce", action="store_true", help="with --job: measure it")
-    doctor.add_argument("--least-gb-s", type=float, default=0.0, help="with --job: its bound")
     doctor.add_argument("--quick", action="store_true", help="leave out the all-reduce")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     command(
         commands, "doctor-rank", "launch.doctor:rank", "One rank of `mvl doctor`.",
         "mvl doctor-rank", hidden=True,
     )  # fmt: skip
+    node = command(
+        commands, "doctor-node", "launch.slurm.examine:main",
+        "Look at a job's node; job scripts call this.", "mvl doctor-node DIR --gpus 8", hidden=True,
+    )  # fmt: skip
+    node.add_argument("folder", metavar="DIR", help="where what is found is written")
+    node.add_argument("--gpus", type=int, default=0, help="GPUs to expect")
+    node.add_argument("--least-disk-gb", type=float, default=0.0, help="space to expect")
+    node.add_argument("--all-reduce", action="store_true", help="measure it over the job's places")
+    node.add_argument("--least-gb-s", type=float, default=0.0, help="its slowest rate")
 
 
 def _recipe_arguments(parser: Any, override_arguments: Callable[[Any], None]) -> None:

@@ -140,7 +140,7 @@ class EnvironmentSection:
 
 @dataclass
 class DoctorSection:
-    """What a job looks at on its nodes before its ranks start (`mvl doctor --job`). A sick node is
+    """What a job looks at on its nodes before its ranks start (`mvl doctor-node`). A sick node is
     named in the journal, and the job starts again without it."""
 
     enabled: bool = True

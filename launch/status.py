@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 from launch import exit_codes
 from launch.lock import holder
+from launch.nodes.errors import CERTIFICATE_FAILED
 from launch.tables import STATUS_STYLES, print_table
+from launch.way_on import resume, submit_again
 from megatron_vl.run.folder import RunError, RunFolder, StageFolder
 from megatron_vl.run.metrics import eval_lines, read_metrics, step_lines
 
@@ -173,7 +175,8 @@ def _show(args: Namespace) -> int:
         return exit_codes.OK
     runs = [RunFolder(path.parent) for path in sorted(folder.glob("*/plan.yaml"))]
     if not runs:
-        raise RunError(f"{folder}: no run here, and no folder of runs (nothing holds a plan.yaml)")
+        what = "no run here, and no folder of runs" if folder.is_dir() else "no such folder"
+        raise RunError(f"{folder}: {what}; mvl submit STAGES --run {folder / 'NAME'} makes one")
     found = {run: run_status(run) for run in runs}
     if args.json:
         print(
@@ -275,6 +278,7 @@ def _print_run(run: RunFolder, stages: list[StageStatus]) -> None:
             gone = "nothing runs it any more"
             print(f"{stage.stage}: {stage.reason or gone}")
     words = {stage.status for stage in stages}
+    _print_left_out(run)
     for stage in stages:
         if stage.gate == "holds":
             asked = ["mvl", "gate", "override", str(run.path), stage.stage, "--reason", "WHY"]
@@ -287,15 +291,25 @@ def _print_run(run: RunFolder, stages: list[StageStatus]) -> None:
         print(f"nothing is running; to go on: {_way_on(run, stages)}")
 
 
+def _print_left_out(run: RunFolder) -> None:
+    """The nodes that a run on a cluster leaves out, and why."""
+    if run.plan().get("launcher") != "slurm":
+        return
+    from launch.slurm.left_out import left_out
+
+    for one in left_out(run.journal.read()).values():
+        print(f"leaves out {one.node} since {one.since[:19]}: {one.why} (mvl nodes --help)")
+
+
 def _way_on(run: RunFolder, stages: list[StageStatus]) -> str:
     """The command that goes on: with what was asked for, or where that is done, with the rest."""
     plan = run.plan()
     asked = [stage for stage in stages if stage.stage in plan["selected"]]
+    if any(CERTIFICATE_FAILED in stage.reason for stage in stages):
+        return f"{submit_again(run)} (after a change of the recipe)"
     if any(stage.status not in ("done", "not taken") for stage in asked):
-        return shlex.join(["mvl", "resume", str(run.path)])
-    site = ["--site", plan["site"]] if plan["site"] != "local" else []
-    words = ["mvl", "submit", plan["recipe"], "--run", str(run.path), *site, *plan["overrides"]]
-    return shlex.join(words)
+        return resume(run)
+    return submit_again(run)
 
 
 def _print_runs(found: dict[RunFolder, list[StageStatus]]) -> None:

@@ -24,6 +24,7 @@ from megatron_vl.config.load import config_hash, differences, flatten, to_yaml
 from megatron_vl.config.recipe import Entry, Recipe, load_graph, load_work
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.config.schema_node import AssembleNode, Work
+from megatron_vl.data.marker import built_by_other_code
 from megatron_vl.run import atomic
 from megatron_vl.run.folder import RunError, RunFolder, StageFolder
 from megatron_vl.run.receipt import RERUN, now
@@ -80,6 +81,17 @@ def check_data(recipe: str, configs: Sequence[StageConfig]) -> None:
         raise ConfigError(
             [*problems, f"to make it: mvl data prepare {shlex.quote(recipe)}{min(overrides)}"]
         )
+
+
+def outdated_data(recipe: str, configs: Sequence[StageConfig]) -> list[str]:
+    """One note for each laptop data set that an earlier version of its builder made."""
+    roots = {config.data.root for config in configs if config.data.builder == "laptop"}
+    return [
+        f"{root} was made by another version of its builder, which would make other samples now; "
+        f"to make it anew: mvl data prepare {shlex.quote(recipe)} data.root={shlex.quote(root)}"
+        for root in sorted(roots)
+        if built_by_other_code(Path(root))
+    ]
 
 
 def missing_data(configs: Sequence[StageConfig]) -> list[str]:

@@ -5,6 +5,7 @@ before anything is queued.
 """
 
 import shlex
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from launch.submission import (
     changed_stages,
     check_data,
     open_recipe,
+    outdated_data,
     prepare,
     run_folder,
 )
@@ -40,7 +42,10 @@ def submit(args: Namespace) -> int:
         folder = _rehearsal(folder, run, site)
     _, recipe, narrowed = open_recipe(folder, selection, args.overrides)
     names = select(recipe.graph, narrowed)
-    check_data(str(folder), stages_of(recipe, names))
+    configs = stages_of(recipe, names)
+    check_data(str(folder), configs)
+    for note in outdated_data(str(folder), configs):
+        print(f"note: {note}", file=sys.stderr)
     if site.launcher is Launcher.slurm:
         _refuse_on_slurm(run, recipe, names, site)
     lock = RunLock.take(run)
@@ -116,6 +121,10 @@ def _send(run: RunFolder, selected: list[str], lock: RunLock, *, follow: bool) -
         print(f"{name}: in the queue already, job {job}")
     for name, job in sent.new.items():
         print(f"{name}: job {job}, {run.stage(name).path / jobs.SCRIPT}")
+    for note in sent.notes:
+        print(f"note: {note}")
+    for name, job in sent.stuck.items():
+        print(f"{name}: an administrator holds job {job}; ask for `scontrol release {job}`")
     quoted = shlex.quote(str(run.path))
     if follow and (sent.new or sent.kept):
         return watch.follow(run, selected)

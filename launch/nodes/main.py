@@ -21,7 +21,8 @@ from types import FrameType
 
 from launch import exit_codes
 from launch.local import end_with_parent
-from launch.nodes.work import Made, NodeError, Place, do
+from launch.nodes.errors import CertificateError, NodeError
+from launch.nodes.work import Made, Place, do
 from megatron_vl.config.load import config_hash
 from megatron_vl.config.load_node import load_node
 from megatron_vl.run.folder import RunFolder, StageFolder
@@ -67,7 +68,8 @@ class Runner:
             raise StoppedError
         if code != 0:
             said = "\n".join(self.last) or "it printed nothing"
-            raise NodeError(f"`mvl {' '.join(shown[:2])}` exited with status {code}: {said}")
+            words = f"`mvl {' '.join(shown[:2])}` exited with status {code}: {said}"
+            raise NodeError(words, status=code)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = max(self.asked, _ASKED[signal.Signals(number)])
@@ -97,7 +99,8 @@ def main(args: Namespace) -> int:
         return exit_codes.INCOMPLETE
     except NodeError as error:
         print(f"mvl node: {error}", file=sys.stderr, flush=True)
-        return exit_codes.FAILED
+        found = isinstance(error, CertificateError)
+        return exit_codes.FOUND if found else exit_codes.FAILED
     _write(stage, receipt, "done", made.said, made, time.monotonic() - began)
     print(f"[{stage.name}] {made.said}", flush=True)
     return exit_codes.OK

@@ -15,21 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoint_tools.certificate.check import CERTIFICATE_FILE
+from launch import exit_codes
+from launch.nodes.certificates import asked_otherwise, failed_checks
+from launch.nodes.errors import CertificateError, NodeError
 from megatron_vl.config.load_node import load_node
 from megatron_vl.config.schema_node import AssembleNode, EvaluateNode, ReleaseNode
 from megatron_vl.run.digest import checkpoint_digest
 from megatron_vl.run.folder import RunFolder, StageFolder
 from megatron_vl.run.receipt import CheckpointRef
 
-CERTIFICATE = "certificate.json"
 METRICS = "metrics.json"
 _ASSEMBLED = "assembled"
 Child = Callable[[Sequence[str]], None]
 """Runs one command to its end; raises where it fails."""
-
-
-class NodeError(RuntimeError):
-    """A node's command failed, or left what cannot be used; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -139,12 +138,17 @@ def _release(node: ReleaseNode, place: Place, run_child: Child) -> Made:
     words = [str(out)]
     for form, source in place.run.sources(place.stage).items():
         words += [f"--{form}", str(place.checkpoint(source))]
-        _drop_other(out / form, place.checkpoint_digest(source))
-    run_child(_mvl("checkpoint", "release", *words, *node.arguments))
+        _drop_other(out / form, place.checkpoint_digest(source), node.arguments)
+    try:
+        run_child(_mvl("checkpoint", "release", *words, *node.arguments))
+    except NodeError as error:
+        if error.status != exit_codes.FOUND:
+            raise
+        raise CertificateError(failed_checks(out, list(node.formats))) from None
     metrics: dict[str, Any] = {}
     outputs: dict[str, str] = {}
     for form in node.formats:
-        certificate = out / form / CERTIFICATE
+        certificate = out / form / CERTIFICATE_FILE
         made = _certificate(certificate)
         if not made["passed"]:
             raise NodeError(f"{certificate} says that it did not pass")
@@ -161,11 +165,12 @@ def _release(node: ReleaseNode, place: Place, run_child: Child) -> Made:
     return Made(said=said, metrics=metrics, outputs=outputs)
 
 
-def _drop_other(folder: Path, digest: str) -> None:
-    """Remove an earlier release that was made of another checkpoint than it would be now."""
-    if not (folder / CERTIFICATE).is_file():
+def _drop_other(folder: Path, digest: str, arguments: Sequence[str]) -> None:
+    """Remove an earlier release made of another checkpoint, or held to other bounds, than now."""
+    if not (folder / CERTIFICATE_FILE).is_file():
         return
-    if _certificate(folder / CERTIFICATE)["checkpoint"]["digest"] != digest:
+    made = _certificate(folder / CERTIFICATE_FILE)
+    if made["checkpoint"]["digest"] != digest or asked_otherwise(made, arguments):
         shutil.rmtree(folder)
 
 

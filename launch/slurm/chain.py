@@ -20,6 +20,7 @@ from launch.site import load_site
 from launch.site_schema import SiteConfig
 from launch.slurm import queue
 from launch.slurm.forecast import script_of
+from launch.slurm.hints import time_note
 from launch.slurm.queue import QueuedJob, jobs_by_stage, live_job
 from launch.snapshot import take_snapshot
 from launch.submission import SITE_FILE
@@ -42,6 +43,10 @@ class Sent:
     done: list[str] = field(default_factory=list)
     held: dict[str, str] = field(default_factory=dict)
     """Why a stage got no job: its gate holds, or one before it does."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of the new jobs though Slurm takes them."""
+    stuck: dict[str, str] = field(default_factory=dict)
+    """Jobs in the queue that an administrator holds: no resume can release them."""
 
 
 def refuse_running(run: RunFolder, changed: Sequence[str]) -> None:
@@ -74,6 +79,8 @@ def send(run: RunFolder, selected: Sequence[str], command: RankCommand | None = 
     graph = run.graph()
     stale = [stage for stage in todo if _is_stale(stage, live_job(queued[stage.name]), texts)]
     preflight({stage.name: texts[stage.name] for stage in stale})
+    notes = {time_note(texts[stage.name], queue.command) for stage in stale[:1]}
+    sent.notes = sorted(notes - {""})  # one site, so all scripts ask for the same time
     replaced = []
     for stage in todo:
         after = _jobs_before(run, stage, queued, sent)
@@ -83,6 +90,8 @@ def send(run: RunFolder, selected: Sequence[str], command: RankCommand | None = 
             if job.pending:
                 queue.point_at(job.id, after)
             sent.kept[stage.name] = job.id
+            if job.held_by_administrator:
+                sent.stuck[stage.name] = job.id
             continue
         atomic.write_text(stage.path / SCRIPT, texts[stage.name])
         # What waits for a held job cannot start; everything else is held itself until all is sent.

@@ -5,6 +5,7 @@ Each source may be missing or cut off: a lost node says nothing. Costs one read 
 
 import re
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
 from launch.attempt import Events
@@ -27,18 +28,30 @@ def gather(stage: StageFolder, attempt: int, events: Events, slurm: str = "") ->
     folder = stage.attempt_path(attempt)
     step = _read(folder / "srun.log")
     output = _since(_read(_output(stage, attempt, events)), BEGIN_MARK.format(attempt=attempt))
-    logs = sorted(folder.glob("rank_*.log"), key=_rank)[:_MOST_LOGS]
-    result = step_result(step, len(logs))
+    found = {_rank(path): path for path in folder.glob("rank_*.log")}
+    result = step_result(step, max(found, default=-1) + 1)
+    logs = {rank: found[rank] for rank in _worth_reading(result, found)}
     rank, said = culprit(result, logs) if result.first_failed is not None else (0, "")
     killed = result.first_failed is not None and result.codes[rank] == -signal.SIGKILL
     evidence = Evidence(
         said=said,
-        printed="\n".join(last_lines(log) for log in logs),
+        printed="\n".join(last_lines(log) for log in logs.values()),
         slurm="\n".join([step, output, slurm]),
         killed=killed,
         cancelled=_cancelled(stage, attempt, events) or "JobState=CANCELLED" in slurm,
     )
-    return Account(evidence, result, rank, logs[rank] if rank < len(logs) else None, step, output)
+    return Account(evidence, result, rank, logs.get(rank), step, output)
+
+
+def _worth_reading(result: RankResult, found: Mapping[int, Path]) -> list[int]:
+    """The ranks whose logs are read: the one that failed first, others that failed, then the rest.
+
+    Of thousands of ranks most only say that another has gone.
+    """
+    failed = [rank for rank, code in enumerate(result.codes) if code]
+    first = [] if result.first_failed is None else [result.first_failed]
+    order = dict.fromkeys([*first, *failed, *sorted(found)])
+    return [rank for rank in order if rank in found][:_MOST_LOGS]
 
 
 class Account:

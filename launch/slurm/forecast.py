@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.graph import folder_names
 from launch.nodes import node_arguments
 from launch.site_schema import SiteConfig
-from launch.slurm.examine import sick_nodes
+from launch.slurm.left_out import left_out
 from launch.slurm.script import render, stage_job
 from launch.slurm.shape import Measured, Shape, shape_of
 from launch.snapshot import snapshot_folder
@@ -72,7 +72,7 @@ def script_of(
     workdir = Path(run.plan()["workdir"])
     words = command or _words(run, stage.name, work)
     job = stage_job(run.path, stage.name, stage.path.name, code, workdir, words)
-    avoided = [*site.job.exclude, *sick_nodes(run.journal.read())]
+    avoided = [*site.job.exclude, *left_out(run.journal.read())]
     site = replace(site, job=replace(site.job, exclude=list(dict.fromkeys(avoided))))
     return render(job, site, shape_of(work, site, measured(run, stage)))
 

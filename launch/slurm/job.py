@@ -10,7 +10,6 @@ Costs half a second each, and at the start a read of the parent's checkpoint for
 """
 
 import os
-import socket
 import sys
 import time
 from argparse import Namespace
@@ -29,18 +28,21 @@ from launch.attempt import (
 from launch.causes import Cause, classify
 from launch.gates import settle_gate
 from launch.graph import num_ranks
+from launch.ports import free_port
 from launch.post_mortem import Findings, write_post_mortem
 from launch.site import load_site
 from launch.site_schema import RequeueSection
 from launch.slurm.budget import Decision, Ending, decide, endings
 from launch.slurm.evidence import BEGIN_MARK, Account, gather
-from launch.slurm.examine import sick_nodes, verdict
+from launch.slurm.left_out import ever_left_out, left_out
+from launch.slurm.verdict import verdict
 from launch.submission import SITE_FILE
 from megatron_vl.config.recipe import load_work
 from megatron_vl.run.folder import NotTakenError, ParentError, RunFolder, StageFolder
 from megatron_vl.run.receipt import Receipt, ReceiptError, now
 from megatron_vl.run.stop import Stop
 
+NO_NODES = "-"
 _HANGS = "the ranks did not stop after the warning and were ended: they hang"
 
 
@@ -88,12 +90,13 @@ def begin(args: Namespace) -> int:
         from_step=saved_step(run.journal.read(), stage.name),
     )
     _say(BEGIN_MARK.format(attempt=attempt))
-    print(f"start {attempt} {_free_port()}")
+    print(f"start {attempt} {free_port()}")
     return exit_codes.OK
 
 
 def end(args: Namespace) -> int:
-    """Close an attempt; prints `done`, `again [NODES TO LEAVE OUT]`, `stopped` or `held`."""
+    """Close an attempt; prints `done`, `stopped`, `held`, or `again` and, where they may have
+    changed, the nodes to leave out (`-` for none)."""
     run = RunFolder(args.run)
     stage = run.stage(args.stage)
     if stage.last_attempt() != args.attempt:
@@ -104,10 +107,9 @@ def end(args: Namespace) -> int:
         what = "USR1" if args.warned else "TERM"
         run.journal.append("signalled", stage=stage.name, attempt=args.attempt, signal=what)
     word = _close(run, stage, args.attempt, args.slurm, hung=bool(args.hung))
-    sick = sick_nodes(run.journal.read())
-    if word == "again" and sick:
+    if word == "again" and ever_left_out(events := run.journal.read()):
         exclude = load_site(str(run.path / SITE_FILE)).job.exclude
-        word += " " + ",".join(dict.fromkeys([*exclude, *sick]))
+        word += " " + (",".join(dict.fromkeys([*exclude, *left_out(events)])) or NO_NODES)
     print(word)
     return exit_codes.OK
 
@@ -294,13 +296,6 @@ def _started(events: Events, stage: StageFolder, attempt: int) -> dict:
 
 def _budgets(run: RunFolder) -> RequeueSection:
     return load_site(str(run.path / SITE_FILE)).requeue
-
-
-def _free_port() -> int:
-    """A port that is free on this node, the first of the job, where rank 0 runs."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _say(text: str) -> None:

@@ -18,8 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.slurm.hints import explain_refusal
 from megatron_vl.run.folder import RunError, RunFolder
 
+HINT = "\nwhat to change: "
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 _SECONDS = 60.0
 _COMPLETING_SECONDS = 60.0
@@ -39,6 +41,10 @@ _HINTS = (
     ("memory", "lower job.memory of the site"),
     ("feature", "set job.constraint of the site; `sinfo -o '%P %f'` lists the features"),
     ("unable to contact", "look whether the controller runs: `scontrol ping`"),
+    (
+        "configuration source",
+        "no slurm.conf here: use a login node of the cluster, or name it in SLURM_CONF",
+    ),
     ("socket timed out", "the controller is busy; submit again, which is safe"),
 )
 
@@ -71,6 +77,11 @@ class QueuedJob:
         """Whether it waits for a person to release it: it was sent held, or a controller that came
         back after a crash found its start unfinished."""
         return self.pending and self.reason in _HELD
+
+    @property
+    def held_by_administrator(self) -> bool:
+        """Whether it waits for an administrator to release it; a user's release is refused."""
+        return self.pending and self.reason == "JobHeldAdmin"
 
     @property
     def pending(self) -> bool:
@@ -116,7 +127,12 @@ def command(*words: str, environment: dict[str, str] | None = None) -> str:
 
 def check_script(script: Path) -> None:
     """Ask Slurm whether it would take a script; nothing is queued. Raises SlurmError."""
-    command("sbatch", "--test-only", str(script))
+    try:
+        command("sbatch", "--test-only", str(script))
+    except SlurmError as error:
+        said, _, _ = str(error).partition(HINT)
+        better = explain_refusal(said, script.read_text(encoding="utf-8"), command)
+        raise SlurmError(f"{said}{HINT}{better}" if better else str(error)) from None
 
 
 def submit_script(script: Path, *, after: str | None, hold: bool) -> str:
@@ -218,4 +234,4 @@ def accounted(names: Sequence[str], since: str) -> dict[str, tuple[str, str]]:
 
 def _hint(said: str) -> str:
     lowered = said.lower()
-    return next((f"\n{hint}" for words, hint in _HINTS if words in lowered), "")
+    return next((f"{HINT}{hint}" for words, hint in _HINTS if words in lowered), "")

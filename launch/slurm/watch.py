@@ -4,6 +4,7 @@ What a stage has come to is in its receipt; the queue says only why nothing is r
 machine without Slurm's commands still shows everything that the run folder says.
 """
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ POLL_SECONDS = 2.0
 _ASK_AGAIN_SECONDS = 5.0
 _PATIENCE_SECONDS = 900.0
 _WAITS = {
+    "None": "waits; Slurm has not looked at it yet",
     "Dependency": "waits for the stage before it",
     "DependencyNeverSatisfied": "the job it waits for did not end well; `mvl resume` goes on",
     "Priority": "waits for nodes: other jobs come first",
@@ -27,8 +29,23 @@ _WAITS = {
     "JobHeldUser": "held in the queue; `mvl resume` releases it",
     "launch failed requeued held": "Slurm could not start it; `mvl resume` releases it",
     "JobHeldAdmin": "held by an administrator",
-    "QOSMaxJobsPerUserLimit": "waits: your jobs are at the limit of the QOS",
+    "PartitionTimeLimit": "asks for more time than the partition gives: lower time.limit_minutes "
+    "of the site and submit again (`sinfo -o '%P %l'`)",
+    "PartitionNodeLimit": "asks for more nodes than the partition gives: lower the layout's ranks, "
+    "or set job.partition of the site (`sinfo -o '%P %D'`)",
+    "PartitionDown": "the partition is down: `sinfo`",
+    "PartitionInactive": "the partition is not active: `sinfo`",
+    "ReqNodeNotAvail": "nodes it needs are down, drained or reserved: `sinfo -R` says why",
+    "Nodes required for job are DOWN": "nodes it needs are down or drained: `sinfo -R` says why",
+    "AccountNotAllowed": "the partition does not take this account: set job.account of the site",
+    "InvalidAccount": "the cluster does not know job.account of the site",
+    "InvalidQOS": "the cluster does not know job.qos of the site",
+    "QOS": "is at a limit of the QOS and starts when your other jobs leave room (`sacctmgr show "
+    "qos`)",
+    "Assoc": "is at a limit of the account and starts when its other jobs leave room (`sacctmgr "
+    "show assoc user=$USER`)",
 }
+"""Why a job waits, by the beginning of Slurm's reason; the longest that fits counts."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,11 @@ def follow(run: RunFolder, selected: Sequence[str]) -> int:
         with PlainWatcher(run) as watcher:
             _follow(run, watcher)
     except KeyboardInterrupt:
-        print("no longer watching; the jobs go on")
+        quoted = shlex.quote(str(run.path))
+        print(
+            f"no longer watching; the jobs go on. Watch: mvl status {quoted} --watch    "
+            f"stop them: mvl cancel {quoted}"
+        )
         return exit_codes.OK
     print_summary(run, selected)
     for name in selected:
@@ -129,9 +150,11 @@ def _follow(run: RunFolder, watcher: PlainWatcher) -> None:
             found = views(run) or {}
             next_look = time.monotonic() + POLL_SECONDS
             for name, view in found.items():
-                if view.live and said.get(name) != view.state:
+                # What a running job has left, or when one may start, changes at every look.
+                news = view.state if view.running else view.note.partition("; expected")[0]
+                if view.live and said.get(name) != news:
                     watcher.say(f"{name}: {view.note}")
-                    said[name] = view.state
+                    said[name] = news
             running = next((name for name, view in found.items() if view.running), None)
             if running is not None:
                 attempt = run.stage(running).last_attempt()
@@ -149,12 +172,20 @@ def _still_live(run: RunFolder) -> bool:
     return any(live_job(jobs) is not None for jobs in jobs_by_stage(run).values())
 
 
+def _why_it_waits(reason: str) -> str:
+    """Slurm's reason in words that say what to do; its own name stays where it tells more."""
+    known = max((name for name in _WAITS if reason.startswith(name)), key=len, default=None)
+    if known is None:
+        return f"waits: {reason}"
+    return _WAITS[known] if known == reason else f"{_WAITS[known]} ({reason})"
+
+
 def _view(jobs: Sequence[QueuedJob]) -> JobView:
     job = live_job(jobs) or jobs[-1]
     if not job.live:
         note = f"job {job.id} ended: {job.state}"
     elif job.pending:
-        note = f"job {job.id} {_WAITS.get(job.reason, f'waits: {job.reason}')}"
+        note = f"job {job.id} {_why_it_waits(job.reason)}"
         note += f"; expected to start {job.starts}" * bool(job.starts)
     else:
         note = f"job {job.id}, {job.left} left"

@@ -82,7 +82,7 @@ def _sizes(config: StageConfig) -> Iterator[str]:
             f"data.sequence_length is {length}, must be a multiple of {TOKEN_MULTIPLE}{shared} in "
             f"FP8; nearest valid: {nearest}"
         )
-    if config.data.tiling is Tiling.native:
+    if config.data.tiling in (Tiling.native, Tiling.native_matched):
         return  # grids differ from image to image; their products are filled up
     encoder = config.model.encoder
     patches = (config.data.tile_size // encoder.patch_size) ** 2

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vl.config.errors import ConfigError
-from megatron_vl.config.fields import Field, all_fields, fields_of, nearest_key, owner
+from megatron_vl.config.fields import Field, fields_of, nearest_key, owner
 from megatron_vl.config.load import flatten
 from megatron_vl.config.load_node import node_kind
 from megatron_vl.config.recipe import load_work_with_origins
@@ -40,11 +40,6 @@ class Explanation:
         else:
             lines += [f"  {key} = {value}" for key, value in self.value.items()]
         return "\n".join(lines)
-
-
-def schema_texts() -> dict[str, tuple[str, str, str]]:
-    """The sentence, unit and reader of every dotted key of the schema."""
-    return {key: (f.sentence, f.unit, f.reader) for key, f in all_fields().items()}
 
 
 def explain(path: Path, key: str, overrides: Sequence[str] = ()) -> Explanation:

@@ -10,6 +10,7 @@ name that is not the file's, and what breaks a rule between stages: missing pare
 heads, models that do not fit, a gate that compares or branches where it cannot.
 """
 
+import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,8 @@ class Entry:
     name: str
     path: Path
     config: Work
+    origins: dict[str, str]
+    """What set each key: `file:line`, an override, or `default`."""
 
     @property
     def kind(self) -> str:
@@ -105,7 +108,7 @@ def load_graph(folder: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     broken: dict[str, list[Path]] = {}
     for path in stage_files(folder):
         try:
-            config = load_work(path, _meant(path, overrides))
+            config, origins = load_work_with_origins(path, _meant(path, overrides))
         except ConfigError as error:
             for problem in error.problems:
                 broken.setdefault(problem.removeprefix(f"{path}: "), []).append(path)
@@ -115,7 +118,7 @@ def load_graph(folder: Path | str, overrides: Sequence[str] = ()) -> Recipe:
                 f"{path}: name is {config.name!r}, but a stage is named after its file: "
                 f"set `name: {path.stem}`"
             )
-        entries.append(Entry(config.name, path, config))
+        entries.append(Entry(config.name, path, config, origins))
     problems += [_once(problem, paths) for problem, paths in broken.items()]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
@@ -153,11 +156,19 @@ def stage_files(folder: Path) -> list[Path]:
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such recipe folder or stage file")
+        beside = [str(path) for path in folder.parent.glob("*") if _is_recipe(path)]
+        near = difflib.get_close_matches(str(folder), beside, 1, 0.0)
+        nearest = f"; nearest valid: {near[0]}" if near else f" (looked in {Path.cwd()})"
+        raise ConfigError(f"{folder}: no such recipe folder or stage file{nearest}")
     files = [path for path in folder.glob("*.yaml") if not path.stem.startswith("base")]
     if not files:
         raise ConfigError(f"{folder}: holds no stage file (*.yaml other than base*.yaml)")
     return sorted(files, key=lambda path: _run_order(path.stem))
+
+
+def _is_recipe(path: Path) -> bool:
+    """Whether a path could be named as a recipe."""
+    return path.suffix == ".yaml" or (path.is_dir() and any(path.glob("*.yaml")))
 
 
 def _after(config: Work) -> list[str] | None:

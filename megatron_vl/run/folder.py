@@ -15,6 +15,7 @@ Everything inside is relative to the run folder, so that a run can be moved. Ref
 without a plan, and any start from a parent that is not done or no longer what its receipt says.
 """
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from megatron_vl.config.read_yaml import Loader
 from megatron_vl.run import atomic
 from megatron_vl.run.digest import checkpoint_digest
 from megatron_vl.run.graph import Graph
@@ -33,6 +35,8 @@ from megatron_vl.run.receipt import (
     read_receipt,
     write_receipt,
 )
+
+_NEAR = 3
 
 
 class RunError(ValueError):
@@ -190,10 +194,18 @@ class RunFolder:
         try:
             text = self.plan_path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise RunError(f"{self.path}: not a run folder (it has no plan.yaml)") from None
+            raise RunError(f"{self.path}: {self._why_none()}") from None
         if text != self._plan[0]:
-            self._plan = (text, yaml.safe_load(text))
+            self._plan = (text, yaml.load(text, Loader=Loader))
         return self._plan[1]
+
+    def _why_none(self) -> str:
+        """Why there is no run here, and which runs are near."""
+        why = "not a run folder (it has no plan.yaml)" if self.path.is_dir() else "no such folder"
+        place = self.path if self.path.is_dir() else self.path.parent
+        runs = sorted(str(plan.parent) for plan in place.glob("*/plan.yaml"))
+        near = difflib.get_close_matches(str(self.path), runs, _NEAR, 0.0)
+        return f"{why}; runs near it are {', '.join(near)}" if near else why
 
     def stages(self) -> list[StageFolder]:
         """The stages in the order they run; those the plan marks `skipped` are left out."""
@@ -313,6 +325,8 @@ def _done_receipt(run: RunFolder, stage: StageFolder, before: StageFolder) -> Re
     receipt = before.receipt()
     again = f"run it first: mvl submit RECIPE --run {run.path} --from {before.name}"
     if receipt is None:
+        if not run.graph().parents[before.name]:
+            again += f"; of published weights: mvl checkpoint import HF {before.path} --like FILE"
         raise ParentError(
             f"{stage.name} needs the checkpoint of {before.name}, which has no receipt; {again}"
         )

@@ -4,6 +4,7 @@ Receipts say how things stand, the journal how they came to. Several processes m
 each event is one write to a file opened with O_APPEND, which the system does not interleave.
 """
 
+import errno
 import json
 import os
 from datetime import datetime
@@ -14,7 +15,7 @@ from megatron_vl.run.receipt import now
 
 EVENTS = (
     "planned", "submitted", "released", "started", "saved", "signalled", "requeued", "ended",
-    "cancelled", "examined", "gated", "overridden", "quarantined",
+    "cancelled", "examined", "excluded", "readmitted", "gated", "overridden", "quarantined",
 )  # fmt: skip
 
 
@@ -46,18 +47,31 @@ class Journal:
         }
         line = json.dumps(record, ensure_ascii=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, line.encode())
+            size = os.fstat(handle).st_size
+            if size and os.pread(handle, 1, size - 1) != b"\n":
+                line = "\n" + line  # a full disk has cut the last line short
+            text = line.encode()
+            if os.write(handle, text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         finally:
             os.close(handle)
 
     def read(self) -> list[dict[str, Any]]:
-        """All events, oldest first; a line cut short by a crash is left out."""
+        """All events, oldest first; a line cut short by a crash or a full disk is left out."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [event for line in lines[:-1] if (event := _event(line)) is not None]
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """The event of a line; None for one that was cut short."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 def wall_seconds(events: list[dict[str, Any]]) -> dict[str, float]:

@@ -20,7 +20,13 @@ def main() -> int:
             fetch_packages(args.dir)
             print(f"Slurm is in {args.dir}; use it with: {_COMMAND} up --prefix {args.dir}")
         elif args.command == "down":
-            Cluster(args.dir).down()
+            cluster = Cluster(args.dir)
+            if not cluster.conf.is_file():
+                raise ClusterError(
+                    f"{args.dir} holds no cluster; name the folder that `up` printed, such as "
+                    "${SLURM_CONF%/etc/slurm.conf}"
+                )
+            cluster.down()
         elif args.command == "keep":
             sys.stdin.read()  # ends when whoever started this has ended
             Cluster(args.dir).down()

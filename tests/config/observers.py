@@ -34,10 +34,15 @@ def memory(config: StageConfig) -> Any:
     return stage_memory(config), recomputed_layers(config.model, config.parallel, config.recompute)
 
 
+def kept(config: StageConfig) -> Any:
+    """Bytes of every pipeline stage alone."""
+    return stage_memory(config)
+
+
 def built(config: StageConfig) -> Any:
     """The last rank of the layout: modules, shapes, arithmetic, groups and optimizer."""
     with pretend_rank(config.parallel, config.parallel.ranks - 1) as groups, meta_device():
-        module = _module(config, groups)
+        module = made_module(config, groups)
         trainee = prepare_training(module, config, groups)
         optimizer = trainee.optimizer
         parts = getattr(optimizer, "chained_optimizers", [optimizer])
@@ -63,7 +68,7 @@ def built(config: StageConfig) -> Any:
 def drawn(config: StageConfig) -> Any:
     """The weights a stage starts from that draws them."""
     with pretend_rank(config.parallel) as groups:
-        module = _module(config, groups)
+        module = made_module(config, groups)
         initialize(module, groups, config.model, config.train.seed)
         return [float(parameter.detach().double().abs().sum()) for parameter in module.parameters()]
 
@@ -98,7 +103,8 @@ def loader(config: StageConfig) -> Any:
         opened.close()
 
 
-def _module(config: StageConfig, groups: Any) -> VisionLanguageModel:
+def made_module(config: StageConfig, groups: Any) -> VisionLanguageModel:
+    """The model of the rank of some groups, marked for recompute."""
     from megatron_vl.engine.recompute import mark_decoder, mark_encoder
 
     module = VisionLanguageModel(

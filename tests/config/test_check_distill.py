@@ -42,3 +42,4 @@ def test_accepted() -> None:
     assert problems() == []
     assert problems("precision=bf16", "parallel.tensor=2", "parallel.data=1") == []
     assert problems("distill.student=none", "carry.weights=random") == []
+    assert problems("distill.student=fp8", "model.decoder.hidden_size=120") == []

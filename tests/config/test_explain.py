@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vl.config.errors import ConfigError
-from megatron_vl.config.explain import explain, schema_texts
+from megatron_vl.config.explain import explain
 from megatron_vl.config.fields import all_fields, leaf_fields, nearest_key
 
 STAGE = Path(__file__).parents[2] / "stages" / "laptop" / "stage0.yaml"
@@ -14,16 +14,15 @@ ROOMS = {"config", "model", "data", "train", "engine", "kernels", "run", "launch
 
 
 def test_every_field_has_a_sentence_a_unit_and_a_reader() -> None:
-    texts = schema_texts()
-    assert set(texts) == set(all_fields())
-    for key, (sentence, unit, reader) in texts.items():
+    for key, field in all_fields().items():
+        sentence, unit, reader = field.sentence, field.unit, field.reader
         assert re.fullmatch(r"[A-Z].+[.]", sentence), key
         assert unit, key
         assert {room.strip() for room in reader.split(",")} <= ROOMS, key
 
 
 def test_no_two_keys_share_a_sentence_in_a_section() -> None:
-    seen = [(key.rpartition(".")[0], text[0]) for key, text in schema_texts().items()]
+    seen = [(key.rpartition(".")[0], field.sentence) for key, field in all_fields().items()]
     assert len(seen) == len(set(seen))
 
 

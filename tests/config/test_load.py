@@ -196,7 +196,7 @@ def test_differences_name_both_values() -> None:
 
 def test_laptop_recipe_has_its_stages_in_order() -> None:
     names = [name for name, _, _ in load_recipe(LAPTOP)]
-    assert names == ["stage0", "stage1", "stage2", "stage3", "stage4", "qad_nvfp4"]
+    assert names == ["stage0", "stage1", "stage2", "stage3", "stage4", "qad_fp8", "qad_nvfp4"]
 
 
 def test_stages_run_in_numeric_order(tmp_path: Path) -> None:

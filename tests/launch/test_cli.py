@@ -82,11 +82,12 @@ def test_the_documented_exit_codes_are_the_real_ones() -> None:
     ("words", "code", "message"),
     [
         (["plan", "no/such/recipe"], 2, "no such recipe folder"),
+        (["plan", str(LAPTOP)[:-1]], 2, f"nearest valid: {LAPTOP}"),
         (["plan", str(LAPTOP), "train.stepz=1"], 2, "nearest valid key is 'train.steps'"),
         (["plan", str(LAPTOP), "--from", "stage9"], 2, "no such stage"),
-        (["status", "/no/such/run"], 2, "no run here"),
+        (["status", "/no/such/run"], 2, "no such folder"),
         (["config", "explain", str(DRAWN), "lr"], 2, "nearest valid key"),
-        (["report", "/no/such/run"], 2, "not a run folder"),
+        (["report", "/no/such/run"], 2, "no such folder"),
     ],
 )
 def test_errors_are_one_clean_message(
@@ -97,6 +98,43 @@ def test_errors_are_one_clean_message(
     assert message in captured.err
     assert captured.err.startswith(f"mvl {words[0]}: ")
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["statsu"], "no command 'statsu'; nearest valid: status (there are plan, submit,"),
+        (["config", "shwo", str(DRAWN)], "no command 'shwo'; nearest valid: show"),
+        (
+            ["plan", str(LAPTOP), "--stie", "x"],
+            "unrecognized arguments: --stie x; nearest valid: --site",
+        ),
+        (["logs", "runs/a", "stage0", "--folow"], "nearest valid: --follow"),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_the_nearest(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == exit_codes.USAGE
+    said = capsys.readouterr().err
+    assert message in said
+    assert "job-begin" not in said, "commands for mvl itself are not offered"
+
+
+def test_a_run_that_is_not_there_is_answered_with_those_near_it(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["resume", f"{run.path}x"]) == exit_codes.USAGE
+    assert f"no such folder; runs near it are {run.path}" in capsys.readouterr().err
+
+
+def test_a_gate_s_override_can_be_planned_where_some_stages_have_no_gate(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", str(LAPTOP), "gate.otherwise=continue"]) == exit_codes.OK
+    assert "otherwise continue" in capsys.readouterr().out
 
 
 def test_problems_of_all_stages_come_together(capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,8 +77,16 @@ ROWS = """\
             ],
         ),
         ("echo no driver; exit 9", [], ["nvidia-smi failed: no driver"]),
+        (
+            "echo '0, A GPU, 81559, 41, 0, No'; echo 'Unable to query GPU 1, is lost'",
+            ["A GPU (86 GB, 41 C)"],
+            [
+                "nvidia-smi printed 1 of 2 lines that are not of 6 columns, the first is "
+                "'Unable to query GPU 1, is lost'"
+            ],
+        ),
     ],
-    ids=["three-gpus", "no-driver"],
+    ids=["three-gpus", "no-driver", "a-line-of-another-form"],
 )
 def test_gpus_are_named_with_what_makes_them_unfit(
     program: str,

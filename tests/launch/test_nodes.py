@@ -5,20 +5,28 @@ import os
 import signal
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from launch import exit_codes
+from launch.chain import Supervisor
+from launch.cli import main
 from launch.graph import Selection
+from launch.nodes import main as node_room
+from launch.nodes.errors import CertificateError, NodeError
 from launch.nodes.main import Runner, StoppedError
-from launch.nodes.work import NodeError, Place, do
+from launch.nodes.work import Place, do
 from launch.submission import prepare
 from megatron_vl.run.digest import checkpoint_digest
 from megatron_vl.run.folder import RunFolder, StageFolder
 from megatron_vl.run.receipt import CheckpointRef, Receipt, now
 from megatron_vl.run.stop import Stop
 from tests.launch.node_recipe import stage, write_node_recipe
+from tests.launch.small_recipe import programs
+from tests.launch.watchers import KeepingWatcher
 
 ASSEMBLE = "node: assemble\nname: init\nlike: stage0\ndecoder: weights/d\nencoder: weights/e\n"
 RELEASE = (
@@ -182,6 +190,106 @@ def test_a_release_without_a_passing_certificate_is_none(run: RunFolder) -> None
         do(place, Child(lambda words: None))
     with pytest.raises(NodeError, match="did not pass"):
         do(place, Child(certified(passed=False)))
+
+
+def not_certified(checks: dict[str, list[tuple[str, object, object]]]) -> Callable[..., None]:
+    """As `mvl checkpoint release` does where certificates fail."""
+
+    def act(words: list[str]) -> None:
+        for form, found in checks.items():
+            folder = Path(words[2]) / f"{form}.failed"
+            folder.mkdir(parents=True, exist_ok=True)
+            listed = [{"name": n, "passed": False, "measured": m, "bound": b} for n, m, b in found]
+            listed += [{"name": "index", "passed": True, "measured": "equal", "bound": "equal"}]
+            made = {"passed": False, "checks": listed, "not_run": {}}
+            (folder / "certificate.json").write_text(json.dumps(made))
+        raise NodeError("`mvl checkpoint release` exited with status 7: x", status=7)
+
+    return act
+
+
+def test_a_failed_certificate_is_told_with_its_checks_and_the_next_step(run: RunFolder) -> None:
+    for name in ("init", "stage0", "qad"):
+        finish(run.stage(name), name)
+    place = Place(run, run.stage("release"), 1)
+    quantized = {"nvfp4": [("kl", 0.031, 0.02), ("top1", 0.93, 0.95)]}
+    with pytest.raises(CertificateError) as caught:
+        do(place, Child(not_certified(quantized)))
+    first, values, step = str(caught.value).split("\n")
+    assert first == "certificate failed: kl, top1 of nvfp4"
+    assert "kl is 0.031, bound 0.02, top1 is 0.93, bound 0.95" in values
+    assert str(run.path.resolve() / "release/nvfp4.failed/certificate.html") in values
+    assert "--bound=kl_nvfp4=" in step
+    assert "distill.student: nvfp4" in step
+    wrong = {"nvfp4": quantized["nvfp4"], "bf16": [("file_hashes", "1 differs", "none")]}
+    with pytest.raises(CertificateError, match="kl, top1 of nvfp4") as caught:
+        do(place, Child(not_certified(wrong)))
+    assert "file_hashes of bf16" in str(caught.value)
+    assert "--bound" not in str(caught.value), "another bound does not mend a file"
+
+
+def test_a_command_that_fails_otherwise_is_no_failed_certificate(run: RunFolder) -> None:
+    for name in ("init", "stage0", "qad"):
+        finish(run.stage(name), name)
+
+    def act(words: list[str]) -> None:
+        raise NodeError("`mvl checkpoint release` exited with status 2: no tokenizer", status=2)
+
+    with pytest.raises(NodeError, match="no tokenizer") as caught:
+        do(Place(run, run.stage("release"), 1), Child(act))
+    assert not isinstance(caught.value, CertificateError)
+
+
+def test_a_release_held_to_other_bounds_is_certified_anew(run: RunFolder, tmp_path: Path) -> None:
+    for name in ("init", "stage0", "qad"):
+        finish(run.stage(name), name)
+    place = Place(run, run.stage("release"), 1)
+    do(place, Child(certified()))
+    weights = run.path / "release" / "bf16" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    do(place, Child(certified()))
+    assert weights.stat().st_mtime_ns == before
+    node = run.stage("release").node_path
+    node.write_text(node.read_text().replace("--packs", "--bound=kl_nvfp4=0.05"))
+    do(place, Child(certified()))
+    assert weights.stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize(("error", "code"), [(CertificateError, 7), (NodeError, 3)])
+def test_the_exit_code_of_a_node_tells_a_failed_certificate(
+    error: type[NodeError], code: int, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("init", "stage0", "qad"):
+        finish(run.stage(name), name)
+
+    def fails(place: Place, child: object) -> None:
+        raise error("certificate failed: kl of nvfp4")
+
+    monkeypatch.setattr(node_room, "do", fails)
+    monkeypatch.setattr(node_room, "end_with_parent", lambda: None)
+    monkeypatch.setattr(Runner, "listen", lambda self: None)
+    asked = Namespace(run=str(run.path), stage="release")
+    assert node_room.main(asked) == code
+    assert exit_codes.MEANINGS[code]
+
+
+def test_on_this_machine_too_a_change_of_the_recipe_is_the_way_on(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("init", "stage0", "qad"):
+        finish(run.stage(name), name)
+    said = "mvl node: certificate failed: kl of nvfp4\\nnext: distil them"
+    ends = f"import sys; print('{said}', file=sys.stderr); sys.exit(7)"
+    receipt = Supervisor(run, KeepingWatcher(), programs(release=ends)).run_stage(
+        run.stage("release")
+    )
+    assert receipt.status == "failed"
+    assert "exited with status 7: certificate failed: kl of nvfp4\nnext: distil" in receipt.reason
+    main(["status", str(run.path)])
+    shown = capsys.readouterr().out
+    assert "next: distil them" in shown
+    assert f"to go on: mvl submit {run.plan()['recipe']} --run {run.path}" in shown
+    assert "mvl resume" not in shown
 
 
 @pytest.fixture

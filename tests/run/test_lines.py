@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -146,3 +147,19 @@ def test_every_digit_of_a_loss_survives(
     found = read_metrics(path)[0]["loss"]
     assert found == loss or (math.isnan(found) and math.isnan(loss))
     json.loads(path.read_text(), parse_constant=pytest.fail)  # strict JSON: no bare NaN
+
+
+def test_a_journal_whose_last_line_a_full_disk_cut_short_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command reads the journal: one cut line must not make the run unusable."""
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("started", stage="init", attempt=1)
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda handle, text: real(handle, text[: len(text) // 2]))
+    with pytest.raises(OSError, match="No space left on device"):
+        journal.append("saved", stage="init", attempt=1, step=5)
+    monkeypatch.undo()
+    assert [event["event"] for event in journal.read()] == ["started"]
+    journal.append("ended", stage="init", attempt=1, status="failed")
+    assert [event["event"] for event in journal.read()] == ["started", "ended"]

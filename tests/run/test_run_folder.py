@@ -104,8 +104,9 @@ def test_a_parent_that_is_not_done_is_refused(tmp_path: Path, status: Status) ->
 
 def test_a_parent_without_receipt_and_a_first_stage_are_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    with pytest.raises(ParentError, match="no receipt; run it first: mvl submit"):
+    with pytest.raises(ParentError, match="no receipt; run it first: mvl submit") as refused:
         require_done_parent(run, run.stage("stage0"))
+    assert f"mvl checkpoint import HF {run.stage('init').path} --like" in str(refused.value)
     with pytest.raises(ParentError, match="first stage"):
         require_done_parent(run, run.stage("init"))
 

@@ -80,6 +80,13 @@ def test_the_command_prints_what_a_shell_needs_and_takes_it_down(folder: Path) -
         bystander.wait()
 
 
+def test_down_without_a_cluster_says_what_to_name(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "slurm.loopback", "down", str(tmp_path / "none")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"loopback: {tmp_path / 'none'} holds no cluster" in done.stderr
+
+
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match="choose a shorter folder"):
         Cluster(tmp_path / ("long" * 30)).up()

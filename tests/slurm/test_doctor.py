@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from launch import exit_codes
 from launch.causes import Cause
-from launch.slurm import examine, queue
-from launch.slurm.examine import NodeReport, verdict
+from launch.cli import main
+from launch.slurm import queue
+from launch.slurm.examine import FOLDER, NodeReport
+from launch.slurm.verdict import NODES, verdict
 from tests.slurm.chains import FakeChain
 
 MakeChain = Callable[..., FakeChain]
@@ -75,10 +78,10 @@ def test_what_all_nodes_lack_holds_the_stage(make_chain: MakeChain) -> None:
 
 
 def write(attempt: Path, reports: list[NodeReport], nodes: list[str]) -> Path:
-    (attempt / examine.FOLDER).mkdir(parents=True)
-    (attempt / examine.NODES).write_text("\n".join(nodes) + "\n")
+    (attempt / FOLDER).mkdir(parents=True)
+    (attempt / NODES).write_text("\n".join(nodes) + "\n")
     for report in reports:
-        path = attempt / examine.FOLDER / f"{report.rank}.json"
+        path = attempt / FOLDER / f"{report.rank}.json"
         path.write_text(json.dumps(vars(report)))
         if not report.slow:
             path.with_suffix(".well").touch()
@@ -112,7 +115,7 @@ def test_a_slow_all_reduce_blames_no_node(tmp_path: Path) -> None:
 
 def test_a_failed_all_reduce_between_well_nodes_blames_none(tmp_path: Path) -> None:
     attempt = write(tmp_path, reports(2), ["n0", "n1"])
-    (attempt / examine.FOLDER / "1.well").unlink()
+    (attempt / FOLDER / "1.well").unlink()
     told = verdict(attempt)
     assert told is not None
     assert (told.cause, told.sick) == (Cause.node_lost, {})
@@ -138,3 +141,24 @@ def test_the_all_reduce_runs_over_all_places_of_the_job(
     (found,) = [event for event in made.events() if event["event"] == "examined"]
     assert found["all_reduce_gb_s"] > 0
     assert made.receipt("init").done
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_repaired_node_is_taken_in_again(make_chain: MakeChain, tmp_path: Path) -> None:
+    hangs = {"init": {"2": {"step": 4, "do": "hang"}}}
+    made = make_chain(site=site(tmp_path, "127.0.0.11"), faults=hangs)
+    made.send("init")
+    made.wait_step("init", 2)
+    job = made.job("init").id
+    assert "ExcNodeList=127.0.0.11 " in queue.command("scontrol", "show", "job", "--oneliner", job)
+    (tmp_path / "bin" / "nvidia-smi").write_text(NVIDIA_SMI.replace("SICK", ""))
+    readmit = ["nodes", "readmit", str(made.run.path), "127.0.0.11", "--reason", "GPU replaced"]
+    assert main(readmit) == exit_codes.OK
+    queue.command("scancel", "--batch", "--signal=USR1", job)
+    made.wait("the third attempt", lambda: made.run.stage("init").last_attempt() == 3)
+    assert "ExcNodeList=(null) " in queue.command("scontrol", "show", "job", "--oneliner", job)
+    made.wait_over()
+    assert made.receipt("init").done
+    starts = [event["nodes"] for event in made.events() if event["event"] == "started"]
+    assert starts == ["127.0.0.11", "127.0.0.12", "127.0.0.11"]

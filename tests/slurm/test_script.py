@@ -80,7 +80,7 @@ def test_a_script_is_a_pure_function_and_reads_well() -> None:
     ):  # fmt: skip
         assert f"#SBATCH {wanted}" in head
     assert "--container-image=/images/megatron_vl.sqsh" in text
-    look = 'doctor --job "$logs/doctor" --gpus=8 --least-disk-gb=5 --all-reduce --least-gb-s=0'
+    look = 'doctor-node "$logs/doctor" --gpus=8 --least-disk-gb=5 --all-reduce --least-gb-s=0'
     assert look in text
     assert "/runs/demo:/runs/demo" in text
     assert "WANDB_API_KEY" not in "\n".join(line for line in lines if line not in head)
