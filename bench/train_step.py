@@ -1,7 +1,7 @@
 """Measure a training step beside Hugging Face transformers' nemotron_h, in one run.
 
-    python bench/train_step.py            # 10 M parameters, 4 documents of 512 tokens, all cores
-    python bench/train_step.py --quick    # 2 documents of 128 tokens, two rounds
+    python -m bench.train_step            # 10 M parameters, 4 documents of 512 tokens, all cores
+    python -m bench.train_step --quick    # 2 documents of 128 tokens, two rounds
 
 Forward, backward and AdamW on the same decoder with the same starting weights and the same tokens:
 here as one pack of documents, there as a batch of equally long rows, its torch path. The two sit in
@@ -163,29 +163,10 @@ def _drawn(name: str, shape: tuple[int, ...], config: StageConfig, draw: Any) ->
 
 def their_steps(sizes: Sizes, precision: Precision) -> Iterator[float]:
     """One optimizer step a value: its loss."""
-    import transformers
+    from bench.nemotron_h import empty_nemotron_h
 
     config = stage(sizes, precision)
-    decoder = config.model.decoder
-    model = transformers.NemotronHForCausalLM(
-        transformers.NemotronHConfig(
-            vocab_size=config.model.padded_vocab_size,
-            hidden_size=decoder.hidden_size,
-            hybrid_override_pattern=decoder.pattern,
-            num_attention_heads=decoder.num_attention_heads,
-            num_key_value_heads=decoder.num_query_groups,
-            head_dim=decoder.head_dim,
-            intermediate_size=decoder.ffn_hidden_size,
-            ssm_state_size=decoder.mamba_state_dim,
-            mamba_num_heads=decoder.mamba_num_heads,
-            mamba_head_dim=decoder.mamba_head_dim,
-            n_groups=decoder.mamba_num_groups,
-            chunk_size=decoder.mamba_chunk_size,
-            layer_norm_epsilon=decoder.norm_epsilon,
-            time_step_min=1e-30,
-            use_cache=False,
-        )
-    )
+    model = empty_nemotron_h(config.model)
     model.load_state_dict(their_weights(config))
     model = model.to(torch.bfloat16) if precision is Precision.bf16 else model
     model.train()
@@ -194,7 +175,7 @@ def their_steps(sizes: Sizes, precision: Precision) -> Iterator[float]:
     )
     rows = batch(sizes, config.model.vocab_size)
     while True:
-        loss = model(input_ids=rows, labels=rows).loss
+        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -26,7 +26,7 @@ from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.cost.parameters import model_parameters
 
 PROVENANCE_FILE = "provenance.json"
-_CHECKPOINT = "checkpoint"
+CHECKPOINT = "checkpoint"
 _TOLD = ("run", "status", "reason", "attempts", "started", "ended", "metrics", "gate", "versions")
 """What of a receipt is passed on."""
 
@@ -48,7 +48,7 @@ def explain(path: Path, *, verify: bool = False) -> dict[str, Any]:
             raise ConversionError(f"{path}: no receipt names this checkpoint, so it has no digest")
         source.check_digest()
     return {
-        "kind": _CHECKPOINT,
+        "kind": CHECKPOINT,
         "path": str(source.checkpoint.folder),
         **provenance(source),
         "verified": verify,
@@ -161,69 +161,3 @@ def _sizes(tensors: Mapping[str, TensorSpec]) -> dict[str, Any]:
         name = DTYPE_NAMES[spec.dtype]
         by_dtype[name] = by_dtype.get(name, 0) + spec.num_bytes
     return {"count": len(tensors), "bytes_by_dtype": by_dtype}
-
-
-def explain_text(known: Mapping[str, Any]) -> str:
-    """The same for a reader."""
-    lines = [f"{known['kind']} {known['path']}"]
-    receipt = known["receipt"]
-    if "stage" in known:
-        lines.append(
-            f"  stage {known['stage']}, step {known['step']}, {known['data_cursor']} packs of its "
-            f"data; learns {', '.join(known['trainable']) or 'nothing'}"
-        )
-    if receipt is None:
-        lines.append("  no receipt names it")
-    else:
-        lines.append(
-            f"  run {receipt['run']}: {receipt['status']} ({receipt['reason']}), "
-            f"{receipt['attempts']} attempts, ended {receipt['ended']}"
-        )
-        lines += [f"  {name}: {value}" for name, value in receipt["metrics"].items()]
-        lines += [f"  gate {name}: {value}" for name, value in receipt["gate"].items()]
-        made = ", ".join(f"{name} {version}" for name, version in receipt["versions"].items())
-        lines.append(f"  made with {made}")
-    if known.get("digest"):
-        said = "made from the checkpoint with digest"
-        if known["kind"] == _CHECKPOINT:
-            said = "digest, verified:" if known["verified"] else "digest as recorded:"
-        lines.append(f"  {said} {known['digest']}")
-    if "hashes" in known:
-        said = "all verified" if known["verified"] else "not verified"
-        lines.append(f"  SHA-256 recorded for {known['hashes']} tensors ({said})")
-    lines += ["", "came from"]
-    lines += [line for one in known["lineage"] for line in _stage_lines(one)] or ["  unknown"]
-    return "\n".join([*lines, "", "holds", *_tensor_lines(known)])
-
-
-def _stage_lines(one: Mapping[str, Any]) -> list[str]:
-    blend = ", ".join(f"{name} {share:g}" for name, share in one["blend"].items())
-    tokens = f", {one['tokens']:,} tokens" if one["tokens"] is not None else ""
-    lines = [
-        f"  {one['stage']} ({one['status']}) from {one['from']}: {one['steps']} steps on "
-        f"{one['packs']} packs of {one['sequence_length']}{tokens}; learned "
-        f"{', '.join(one['trainable']) or 'nothing'}; data {blend}"
-    ]
-    lines += [f"    drawn: {text}" for text in one["drawn"]]
-    return lines + [f"    gate {name}: {value}" for name, value in one["gate"].items()]
-
-
-def _tensor_lines(known: Mapping[str, Any]) -> list[str]:
-    tensors = known["tensors"]
-    parameters = sum(tensors["parameters"].values())
-    parts = ", ".join(f"{name} {count:,}" for name, count in tensors["parameters"].items())
-    lines = [
-        f"  {tensors['count']} tensors, {_bytes(tensors['bytes_by_dtype'])}",
-        f"  {parameters:,} parameters ({parts})",
-        f"  decoder {tensors['pattern']}, {tensors['vocabulary']} tokens",
-    ]
-    state = known.get("training_state")
-    if state and state["count"]:
-        lines.append(
-            f"  training state: {state['count']} tensors, {_bytes(state['bytes_by_dtype'])}"
-        )
-    return lines
-
-
-def _bytes(by_dtype: Mapping[str, int]) -> str:
-    return ", ".join(f"{size / 1e9:.3f} GB {name}" for name, size in by_dtype.items())

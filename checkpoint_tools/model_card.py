@@ -4,7 +4,9 @@ from typing import Any
 
 from checkpoint_tools.lineage import Ancestor, describe_origin
 from checkpoint_tools.published_config import ARCHITECTURE, servable
+from checkpoint_tools.quantized_layout import MODELOPT, described
 from checkpoint_tools.stage_source import StageSource
+from checkpoint_tools.wording import evaluations, numbers_text, other_metrics, size_text
 from megatron_vl.config.load import config_hash
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.cost.parameters import model_parameters
@@ -19,6 +21,7 @@ pipeline_tag: image-text-to-text
 """
 
 _USE = """```python
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
@@ -27,9 +30,14 @@ content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
 prompt = processor.apply_chat_template(
     [{"role": "user", "content": content}], add_generation_prompt=True, enable_thinking=False
 )
-inputs = processor(images=[image], text=prompt, return_tensors="pt")
-print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+inputs = processor(images=[Image.open("picture.png")], text=prompt, return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(tokens, skip_special_tokens=True))
 ```"""
+
+_USE_MODELOPT = """Weights lie in ModelOpt's layout, which vLLM and this project read (`mvl generate
+FOLDER --prompt ...`). transformers has no reader for it, and the code here refuses to be loaded
+with it; what transformers reads is made with `--layout compressed_tensors`."""
 
 
 def model_card(source: StageSource, config: dict[str, Any], num_bytes: int) -> str:
@@ -39,12 +47,13 @@ def model_card(source: StageSource, config: dict[str, Any], num_bytes: int) -> s
         config: the release's config.json.
         num_bytes: size of its tensors.
     """
-    stage = source.config
+    stage, chosen = source.config, described(config)
+    for_transformers = chosen is None or chosen.layout != MODELOPT
     sections = [
         _HEAD + f"# {_title(source)}",
         _summary(stage, config, num_bytes),
-        "## Use\n\n" + _USE,
-        _serving(stage),
+        "## Use\n\n" + (_USE if for_transformers else _USE_MODELOPT),
+        _serving(stage, "transformers and this project" if for_transformers else "this project"),
         "## Training\n\n" + _training(source.ancestors),
         "## Evaluation\n\n" + _evaluation(source),
         "## Provenance\n\n" + _provenance(source),
@@ -63,22 +72,26 @@ def _summary(stage: StageConfig, config: dict[str, Any], num_bytes: int) -> str:
     counts = model_parameters(stage.model)
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.by_part().items())
     tile = stage.data.tile_size
+    chosen = described(config)
+    weights = config["torch_dtype"]
+    if chosen is not None:
+        weights = f"{chosen.format} ({chosen.layout}) in the decoder's linears, {weights} elsewhere"
     return (
         f"A {ARCHITECTURE} vision-language model: a RADIO encoder, an MLP projector and a hybrid "
         f"Mamba-2/Transformer decoder of {len(stage.model.decoder.pattern)} layers "
         f"(`{stage.model.decoder.pattern}`).\n\n"
         f"- Parameters: {counts.total:,} ({parts}), padding rows of the vocabulary included.\n"
-        f"- Weights: {config['torch_dtype']}, {num_bytes / 1e9:.2f} GB.\n"
+        f"- Weights: {weights}, {size_text(num_bytes)}.\n"
         f"- Text: {config['llm_config']['vocab_size']} tokens in the vocabulary, up to "
         f"{config['max_sequence_length']} in a sequence.\n"
         f"- Images: tiles of {tile}x{tile} pixels, up to {stage.data.max_tiles} and a thumbnail."
     )
 
 
-def _serving(stage: StageConfig) -> str:
+def _serving(stage: StageConfig, others: str) -> str:
     if servable(stage.model.encoder):
         return "vLLM has an encoder of these sizes; serve the folder with `--trust-remote-code`."
-    return "vLLM cannot build an encoder of these sizes; transformers and this project can."
+    return f"vLLM cannot build an encoder of these sizes; {others} can."
 
 
 def _training(ancestors: list[Ancestor]) -> str:
@@ -106,12 +119,20 @@ def _training(ancestors: list[Ancestor]) -> str:
 
 
 def _evaluation(source: StageSource) -> str:
-    receipt = source.receipt
-    values = {k: v for k, v in receipt.metrics.items() if isinstance(v, float)} if receipt else {}
-    if not values:
+    metrics = source.receipt.metrics if source.receipt else {}
+    losses = evaluations(metrics)
+    # A suite's numbers have names like ocr.exact_match; the rest tells how training went.
+    suites = {k: v for k, v in other_metrics(metrics).items() if "." in k and isinstance(v, float)}
+    if not losses and not suites:
         return "No measurements are recorded for this checkpoint."
-    lines = [f"- {name}: {value:.4f}" for name, value in values.items()]
-    gates = receipt.gate.items() if receipt else ()
+    lines = [f"- {name}: {value:.4f}" for name, value in suites.items()]
+    if losses:
+        lines += ["| loss on | whole | by source | by kind |", "|---|---|---|---|"]
+    for name, loss in losses.items():
+        whole = f"{loss.whole:.4f}" if loss.whole is not None else "-"
+        parts = (numbers_text(loss.source), numbers_text(loss.modality))
+        lines.append(f"| {name} | {whole} | {' | '.join(part or '-' for part in parts)} |")
+    gates = source.receipt.gate.items() if source.receipt else ()
     return "\n".join([*lines, *(f"- gate {name}: {value}" for name, value in gates)])
 
 
@@ -128,5 +149,6 @@ def _provenance(source: StageSource) -> str:
             f"{source.state.data_cursor} packs",
             "- Exported with " + ", ".join(f"{name} {version}" for name, version in made.items()),
             "- SHA-256 of every tensor: checksums.json",
+            "- What was checked, where the release was certified: certificate.html",
         ]
     )

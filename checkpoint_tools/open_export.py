@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint_tools.decode import decoded_weight, fake_quantized, input_scale
+from checkpoint_tools.decode import fake_quantized, held_of, input_scale, read_decoded
 from checkpoint_tools.errors import ConversionError
 from checkpoint_tools.explain import check_published_folder
 from checkpoint_tools.import_hf import differing_keys
 from checkpoint_tools.name_rules import Growth, name_table
-from checkpoint_tools.names import NameTable, Rule
+from checkpoint_tools.names import NameTable
 from checkpoint_tools.published_config import model_of
 from checkpoint_tools.published_folder import PUBLISHED_TOKENIZER, PublishedFolder, read_json
-from checkpoint_tools.quantized_layout import Quantization, applies, described, outputs
+from checkpoint_tools.quantized_layout import Quantization, described
 from checkpoint_tools.reference import parameter_of, quantized_linears
 from megatron_vl.config.load import load_stage
 from megatron_vl.config.schema import OptimizerConfig, Part, Precision, StageConfig, TrainConfig
@@ -122,26 +122,10 @@ def _fill(
 ) -> None:
     parameters = dict(module.named_parameters())
     for rule in table.rules:
-        tensors = [_read(published, slot.name, rule, chosen) for slot in rule.published]
+        tensors = [read_decoded(published.read, s.name, rule, chosen) for s in rule.published]
         pieces = rule.to_stored(tensors)
         parameters.pop(parameter_of(rule)).copy_(torch.cat(pieces) if pieces[1:] else pieces[0])
     assert not parameters, f"no published tensor is {next(iter(parameters))}"
-
-
-def _read(published: PublishedFolder, name: str, rule: Rule, chosen: Quantization | None) -> Tensor:
-    """A published tensor, decoded where it is quantized."""
-    if chosen is None or not applies(rule):
-        return published.read(name)
-    module = name.removesuffix(".weight")
-    return decoded_weight(_held(published, module, rule, chosen), module, chosen)
-
-
-def _held(
-    published: PublishedFolder, module: str, rule: Rule, chosen: Quantization
-) -> dict[str, Tensor]:
-    """A quantized module's tensors by name."""
-    names = (name for name in outputs(rule, chosen) if name.rpartition(".")[0] == module)
-    return {name: published.read(name) for name in names}
 
 
 def _quantized_inputs(
@@ -157,7 +141,7 @@ def _quantized_inputs(
     for name, rule in quantized_linears(table).items():
         # Query, key and value read one input and share its scale.
         first = rule.published[0].name.removesuffix(".weight")
-        held = _held(published, first, rule, chosen)
+        held = held_of(published.read, first, rule, chosen)
         scales[name] = input_scale(held, first, chosen).to(PLATFORM.device)
     return exchanged_inputs(module, scales, partial(_exchange, scales, chosen))
 

@@ -66,16 +66,17 @@ class TokenIds:
 
 
 def published_config(
-    stage: StageConfig, vocabulary: int, dtype: str, ids: TokenIds
+    stage: StageConfig, vocabulary: int, dtype: str, ids: TokenIds, longest: int | None = None
 ) -> dict[str, Any]:
     """config.json of a stage's model.
 
     Args:
         vocabulary: rows of embedding and output matrix in the folder.
         dtype: bfloat16 or float32.
+        longest: sequence it is fit for; the stage's sequence_length by default. [tokens]
     """
     model, tile = stage.model, stage.data.tile_size
-    longest = min(stage.data.sequence_length, _LONGEST)
+    longest = min(longest or stage.data.sequence_length, _LONGEST)
     return {
         "architectures": [ARCHITECTURE],
         "model_type": ARCHITECTURE,
@@ -225,7 +226,8 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig:
     """The model section of a published config.json; both vocabulary sizes are the rows it names.
 
     Raises:
-        ConversionError: another architecture, or a field is missing.
+        ConversionError: another architecture, one matrix for embedding and output, or a field is
+            missing.
     """
     try:
         if config.get("architectures") != [ARCHITECTURE]:
@@ -234,6 +236,11 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig:
                 f"[{ARCHITECTURE!r}]. A decoder or an encoder alone goes through `assemble`"
             )
         llm = config.get("llm_config") or config["text_config"]
+        if config.get("tie_word_embeddings") or llm.get("tie_word_embeddings"):
+            raise ConversionError(
+                "config.json says tie_word_embeddings: true, and embedding and output matrix are "
+                "two tensors of this model; write both and say false"
+            )
         return ModelConfig(
             vocab_size=llm["vocab_size"],
             padded_vocab_size=llm["vocab_size"],

@@ -97,7 +97,8 @@ def gather(source: StageSource, tokenizer: Path | None) -> ReleaseFiles:
     """Find the tokenizer and check that the exported processor does what the stage does.
 
     Raises:
-        ConversionError: no tokenizer, one of another size, or image handling nobody exports.
+        ConversionError: no tokenizer, one of another size or other than the stage's own, or image
+            handling nobody exports.
     """
     if source.config.data.tiling not in (Tiling.published, Tiling.area_weighted):
         raise ConversionError(
@@ -108,7 +109,8 @@ def gather(source: StageSource, tokenizer: Path | None) -> ReleaseFiles:
         source.stage.path / TOKENIZER_FILE,
         Path(source.config.data.root) / TOKENIZER_FILE,
     ]
-    found = tokenizer or next((path for path in places if path.is_file()), None)
+    trained = next((path for path in places if path.is_file()), None)
+    found = tokenizer or trained
     if found is None or not found.is_file():
         named = tokenizer or " nor ".join(map(str, places))
         raise ConversionError(f"there is no tokenizer at {named}; name one with --tokenizer")
@@ -119,7 +121,22 @@ def gather(source: StageSource, tokenizer: Path | None) -> ReleaseFiles:
             f"{found} has {loaded.vocab_size} entries, the model's vocabulary {expected}; name the "
             "tokenizer it was trained with (--tokenizer)"
         )
+    if trained is not None and found != trained:
+        _check_same(found, text, trained)
     return ReleaseFiles(text, TokenIds.of(loaded))
+
+
+def _check_same(given: Path, text: str, trained: Path) -> None:
+    """Raise ConversionError where a tokenizer cuts text in another way than the trained one."""
+    own, others = (json.loads(t) for t in (text, trained.read_text(encoding="utf-8")))
+    # What makes tokens of text; the rest adds or cuts tokens and is not published.
+    keys = sorted({*own, *others} - {*_SILENT, "version"})
+    differing = [key for key in keys if own.get(key) != others.get(key)]
+    if differing:
+        raise ConversionError(
+            f"{given} is not the tokenizer the stage was trained with, {trained}: they differ in "
+            f"{', '.join(differing)}; leave --tokenizer out"
+        )
 
 
 def file_hashes(folder: Path, skip: set[str]) -> dict[str, str]:

@@ -46,6 +46,16 @@ def pixel_shuffle(features_TGGE: Tensor) -> Tensor:
     return pairs.transpose(2, 3).reshape(tiles, rows // 2 * (columns // 2), 4 * width)
 
 
+def _refuse_modelopt(config: NemotronH_Nano_VL_V2_Config) -> None:
+    """Raise ValueError for a layout whose codes transformers would take for weights."""
+    said = getattr(config, "quantization_config", None)
+    if isinstance(said, dict) and said.get("quant_method") == "modelopt":
+        raise ValueError(
+            "these weights are quantized in ModelOpt's layout, which transformers cannot read; "
+            "serve the folder with vLLM, or export with --layout compressed_tensors"
+        )
+
+
 class NemotronH_Nano_VL_V2(PreTrainedModel, GenerationMixin):
     """The composed model."""
 
@@ -61,6 +71,7 @@ class NemotronH_Nano_VL_V2(PreTrainedModel, GenerationMixin):
     _keys_to_ignore_on_load_unexpected = [r"input_conditioner\."]  # noqa: RUF012
 
     def __init__(self, config: NemotronH_Nano_VL_V2_Config) -> None:
+        _refuse_modelopt(config)
         super().__init__(config)
         text, vision = config.text_config, config.vision_config
         width, inner = 4 * vision.hidden_size, config.projector_hidden_size

@@ -31,6 +31,9 @@ class Options:
         reasoning: whether it starts with a trace, unless a message says /think or /no_think.
         reasoning_budget: tokens of the trace; None is without bound.
         grace: tokens past the budget after which a trace is broken off.
+
+    Raises:
+        ValueError: an answer of no tokens.
     """
 
     max_new_tokens: int = 128
@@ -38,6 +41,10 @@ class Options:
     reasoning_budget: int | None = None
     grace: int = GRACE
     sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; the least is 1")
 
 
 @dataclass(frozen=True)

@@ -48,22 +48,18 @@ def main(args: Namespace, opener: Opener = open_model) -> int:
         opener: opens what the command line names.
     """
     options = _options(args)
-    tools = _tools(args.tools)
+    if args.held_out:
+        _check_held_out(args)
+    # Before the model, which may take minutes to open: a wrong file is told at once.
+    own = None if args.held_out else _question(args)
     path = Path(args.checkpoint)
     with opener(path) as model:
         print(f"opened {model.origin}", file=sys.stderr, flush=True)
-        if args.held_out:
-            questions = held_out(model, args.held_out, args.count, evs_rate=args.evs_rate)
-        else:
-            question = asked(
-                args.prompt,
-                args.shown or (),
-                system=args.system,
-                pages=args.pages,
-                tools=tools,
-                evs_rate=args.evs_rate,
-            )
-            questions = [question]
+        questions = (
+            held_out(model, args.held_out, args.count, evs_rate=args.evs_rate)
+            if own is None
+            else [own]
+        )
         for number, question in enumerate(questions):
             said = respond(model, question, options)
             _print(question, said, as_json=args.json)
@@ -83,6 +79,30 @@ def _options(args: Namespace) -> Options:
         reasoning_budget=args.reasoning_budget,
         sampling=Sampling(args.temperature, args.top_p, args.top_k, args.seed),
     )
+
+
+def _question(args: Namespace) -> Question:
+    return asked(
+        args.prompt,
+        args.shown or (),
+        system=args.system,
+        pages=args.pages,
+        tools=_tools(args.tools),
+        evs_rate=args.evs_rate,
+    )
+
+
+def _check_held_out(args: Namespace) -> None:
+    """Raise ValueError where something is asked that only a question of one's own has."""
+    own = {"shown": "--image, --video, --pdf", "system": "--system", "pages": "--pages"}
+    own["tools"] = "--tools"
+    given = [name for key, name in own.items() if getattr(args, key)]
+    if given:
+        raise ValueError(
+            f"--held-out asks samples as they are; leave {', '.join(given)} out, or give --prompt"
+        )
+    if args.count < 1:
+        raise ValueError(f"--count is {args.count}; the least is 1")
 
 
 def _tools(file: str | None) -> list[Tool]:

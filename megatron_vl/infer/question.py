@@ -8,6 +8,7 @@ from typing import Any
 from megatron_vl.data.chat import Tool, visual_parts
 from megatron_vl.data.fit import media_header
 from megatron_vl.data.loader import held_out_examples
+from megatron_vl.data.tiling import decode_image
 from megatron_vl.infer.model import OpenModel
 from megatron_vl.infer.pdf import page_images
 
@@ -63,15 +64,24 @@ def asked(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file cannot be read as what it is said to be.
+        ValueError: a file cannot be read as what it is said to be, or pages or a rate are given and
+            nothing they are of.
     """
+    kinds = {kind for kind, _ in shown}
+    for value, kind, what in (
+        (pages, PDF, "pages were"),
+        (evs_rate, VIDEO, "a pruning rate was"),
+    ):
+        if value is not None and kind not in kinds:
+            raise ValueError(f"{what} given without a {kind}; add --{kind} FILE")
     parts: list[dict[str, Any]] = []
     media: list[bytes] = []
     for kind, file in shown:
         data = Path(file).read_bytes()
         images = page_images(data, file, pages) if kind == PDF else [data]
         part_kind = IMAGE if kind == PDF else kind
-        _check(part_kind, images[0], file)
+        if kind != PDF:
+            _check(kind, data, file)
         parts += [{"type": part_kind, part_kind: file} for _ in images]
         media += images
     parts.append({"type": "text", "text": prompt})
@@ -82,12 +92,20 @@ def asked(
 
 
 def _check(kind: str, data: bytes, file: str) -> None:
+    """Raise ValueError, with the file's name, where it is no picture or video."""
     try:
-        media_header(kind, data)
+        if kind == IMAGE:
+            decode_image(data)
+        else:
+            media_header(kind, data)
     except Exception as error:
         nearest = "JPEG or PNG" if kind == IMAGE else "MP4 or WebM"
+        if data.startswith(b"%PDF"):
+            nearest = "--pdf for a document"
         what = "picture" if kind == IMAGE else "video"
-        raise ValueError(f"{file} is not a {what} that can be read; use {nearest}") from error
+        raise ValueError(
+            f"{file} is not a {what} that can be read ({error}); use {nearest}"
+        ) from error
 
 
 def held_out(

@@ -7,7 +7,8 @@ where its kernels need CUDA the project's stand in (`kernels.decode`, `kernels.c
 
 Refuses more tokens than it was made for. Costs, of the 12B in bfloat16, 24 KiB of keys and values a
 token of room, and 142 MiB of Mamba states (in float32, whatever the weights' type) whatever the
-length. Only the last position's logits are ever made.
+length. Only the last position's logits are ever made. All runs in inference mode: a step of a small
+model is mostly book-keeping, and without autograd's it takes a sixth less.
 
 Shapes: L tokens, B batch (1), H decoder width, V vocabulary.
 """
@@ -43,7 +44,7 @@ class DecodingCache:
         """Tokens it has seen."""
         return int(self._context.sequence_len_offset)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def prefill(self, prompt: Pack) -> Tensor:
         """Read the prompt, pictures included; call once, before any `push`.
 
@@ -67,7 +68,7 @@ class DecodingCache:
         )
         return self._advance(hidden_LBH)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def push(self, token: int) -> Tensor:
         """Read one more token, which is no picture.
 

@@ -1,6 +1,7 @@
 """`mvl checkpoint` as it is typed."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from launch import exit_codes
-from launch.checkpoint_commands import size
+from launch.checkpoint_commands import size, stage_file
 from launch.cli import main
 from tests.checkpoint_tools.conftest import Published
 from tests.checkpoint_tools.published import read_all
+from tests.conftest import LAPTOP
 
 
 def test_import_explain_export_diff(
@@ -47,12 +49,38 @@ def test_a_user_is_told_in_one_message(
     published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["checkpoint", "import", str(tmp_path), str(tmp_path / "x")]) == exit_codes.USAGE
-    assert "config.json cannot be read as JSON" in capsys.readouterr().err
+    assert "config.json cannot be read (No such file or directory)" in capsys.readouterr().err
     assert main(["checkpoint", "export", str(tmp_path), str(tmp_path / "x")]) == exit_codes.USAGE
     assert "neither a run folder" in capsys.readouterr().err
     words = ["checkpoint", "import", str(published.folder), str(published.folder)]
     assert main(words) == exit_codes.USAGE
     assert "exists already" in capsys.readouterr().err
+    words = ["checkpoint", "export", str(published.folder), str(tmp_path / "x")]
+    assert main(words) == exit_codes.USAGE
+    assert "is a published folder, and this needs a checkpoint" in capsys.readouterr().err
+    words = ["checkpoint", "explain", str(tmp_path / "absent")]
+    assert main(words) == exit_codes.USAGE
+    assert "is not there" in capsys.readouterr().err
+
+
+def test_a_node_is_no_stage_to_be_like(
+    published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["checkpoint", "import", str(published.folder), str(tmp_path / "x")]
+    assert main([*words, "--like", str(LAPTOP / "init.yaml")]) == exit_codes.USAGE
+    said = capsys.readouterr().err
+    assert "init.yaml is a node (assemble) and no training stage; it is made like" in said
+    assert "stage0.yaml" in said
+
+
+@pytest.mark.parametrize("command", ["import", "assemble"])
+def test_the_example_names_a_training_stage(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["checkpoint", command, "--help"])
+    (named,) = re.findall(r"--like\s+(stages/\S+\.yaml)", capsys.readouterr().out)
+    assert stage_file(str(LAPTOP.parents[1] / named)).is_file()
 
 
 @pytest.mark.parametrize(

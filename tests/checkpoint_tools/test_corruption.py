@@ -186,6 +186,8 @@ def test_a_flipped_bit_in_a_stage_is_found_by_its_digest(
     with pytest.raises(ConversionError, match=r"is not what .*receipt\.json says"):
         export(folder, tmp_path / "out", ExportOptions(), quiet)
     assert not (tmp_path / "out").exists()
+    # What was made of it meanwhile is not what the next attempt goes on with.
+    assert not list((tmp_path / "out.partial").glob("[!.]*"))
 
 
 def test_a_truncated_checkpoint_file(stage_folder: Path, tmp_path: Path) -> None:
@@ -244,6 +246,23 @@ def test_a_tokenizer_of_another_size(stage_folder: Path, tmp_path: Path) -> None
     path.write_text(json.dumps(small))
     with pytest.raises(ConversionError, match="511 entries, the model's vocabulary 512"):
         export(stage_folder, tmp_path / "out", ExportOptions(tokenizer=path), quiet)
+
+
+def test_a_tokenizer_that_cuts_text_in_another_way(stage_folder: Path, tmp_path: Path) -> None:
+    other = json.loads(tokenizer_text(tmp_path))
+    other["model"]["merges"] = other["model"]["merges"][::-1]
+    path = tmp_path / PUBLISHED_TOKENIZER
+    path.write_text(json.dumps(other))
+    with pytest.raises(ConversionError, match=r"not the tokenizer .* differ in model"):
+        export(stage_folder, tmp_path / "out", ExportOptions(tokenizer=path), quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_matrix_for_embedding_and_output(copy: Path) -> None:
+    config = json.loads((copy / CONFIG_FILE).read_text())
+    config["llm_config"]["tie_word_embeddings"] = True
+    (copy / CONFIG_FILE).write_text(json.dumps(config))
+    refuse(copy, "tie_word_embeddings", "two tensors")
 
 
 def test_the_undamaged_copy_is_imported(copy: Path, published: Published, tmp_path: Path) -> None:

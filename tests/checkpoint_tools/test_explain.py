@@ -8,9 +8,12 @@ import torch
 
 from checkpoint_tools.diff import diff, diff_text
 from checkpoint_tools.errors import ConversionError
-from checkpoint_tools.explain import explain, explain_text
+from checkpoint_tools.explain import explain
+from checkpoint_tools.explain_text import explain_text
 from checkpoint_tools.export_hf import ExportOptions, export
 from checkpoint_tools.import_hf import import_folder
+from checkpoint_tools.lineage import Ancestor, describe_origin, longest_sequence
+from checkpoint_tools.published_config import TokenIds, published_config
 from tests.checkpoint_tools.conftest import Published, quiet
 from tests.checkpoint_tools.published import random_tensors, write_published
 from tests.conftest import ShortRun
@@ -22,7 +25,8 @@ def test_a_run_explains_itself_and_so_does_its_release(short_run: ShortRun, tmp_
     assert [stage["stage"] for stage in known["lineage"]] == [
         "init", "stage0", "stage1", "stage2", "stage3", "stage4",
     ]  # fmt: skip
-    assembled = "mvl checkpoint assemble: decoder from decoder, encoder from encoder"
+    assembled = "mvl checkpoint assemble: decoder from released/decoder, encoder from "
+    assembled += "released/encoder"
     assert known["lineage"][0]["from"] == assembled
     assert known["lineage"][1]["trainable"] == ["projector"]
     assert known["lineage"][2]["packs"] == 6
@@ -98,3 +102,20 @@ def test_what_has_no_record_cannot_be_verified(published: Published, tmp_path: P
     (stage / "receipt.json").unlink()
     with pytest.raises(ConversionError, match="no receipt names"):
         explain(stage, verify=True)
+
+
+def test_a_short_last_stage_does_not_shorten_what_the_model_reads(published: Published) -> None:
+    stages = []
+    for length in (512, 4096, 1024):
+        config = copy.deepcopy(published.stage)
+        config.data.sequence_length = length
+        stages.append(Ancestor("stage", None, config, None, None))
+    assert longest_sequence(stages) == 4096
+    ids = TokenIds(1, 12, 0, 502, 511)
+    made = published_config(stages[-1].config, 512, "bfloat16", ids, longest_sequence(stages))
+    assert made["max_sequence_length"] == made["llm_config"]["max_position_embeddings"] == 4096
+
+
+def test_a_source_named_after_its_part_alone_is_told_with_its_parent() -> None:
+    origin = {"made_by": "assemble", "from": {"decoder": "/a/nemo/decoder", "encoder": "/b/RADIO"}}
+    assert describe_origin(origin) == "assemble: decoder from nemo/decoder, encoder from RADIO"

@@ -2,16 +2,19 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoint_tools.diff import diff, diff_text
 from checkpoint_tools.errors import ConversionError
 from checkpoint_tools.export_hf import ExportOptions, export
 from checkpoint_tools.name_rules import name_table
@@ -139,6 +142,43 @@ def test_a_quantized_export_computes_what_its_numbers_say(
     assert relative(ours, expected) < 5e-3
     assert relative(ours, weights_only) > 3 * relative(ours, expected)
     assert relative(ours, bf16) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+def test_transformers_is_kept_from_taking_codes_for_weights(
+    stage_folder: Path, amax: Path, tmp_path: Path, offline: None, kind: str
+) -> None:
+    out = tmp_path / "out"
+    export(stage_folder, out, ExportOptions(kind, SHARD_BYTES, amax=amax), quiet)
+    with pytest.raises(ValueError, match=r"ModelOpt's layout.*--layout compressed_tensors"):
+        transformers.AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+    assert "AutoModelForImageTextToText" not in (out / "README.md").read_text()
+
+
+def test_diff_reads_quantized_weights_as_the_numbers_they_stand_for(
+    stage_folder: Path, amax: Path, tmp_path: Path
+) -> None:
+    for kind in ("bf16", "nvfp4"):
+        export(stage_folder, tmp_path / kind, ExportOptions(kind, SHARD_BYTES, amax=amax), quiet)
+    found = diff(tmp_path / "bf16", tmp_path / "nvfp4")
+    assert found.config == {"weights": ("bfloat16", "nvfp4 (modelopt)")}
+    assert found.state == {}
+    assert not found.only_a
+    assert not found.only_b
+    before, after = read_all(tmp_path / "bf16"), decoded(read_all(tmp_path / "nvfp4"))
+    moved = {c.module: c.relative for c in found.changes if c.relative}
+    linears = quantized_linears(open_stage(stage_folder).table)
+    assert {name.removesuffix(".weight") for name in linears} == set(moved)
+    assert [part.module for part in found.parts if part.relative] == ["decoder"]
+    name = "language_model.backbone.layers.0.mixer.out_proj.weight"
+    old, new = before[name].double(), after[name].double()
+    expected = float((new - old).norm() / old.norm())
+    module = "language_model.decoder.layers.0.mixer.out_proj"
+    assert moved[module] == pytest.approx(expected, rel=1e-6)
+    said = diff_text(found)
+    assert "weights: bfloat16 -> nvfp4 (modelopt)" in said
+    assert max(map(len, re.findall("#+", said))) == 24
+    assert diff(stage_folder, tmp_path / "nvfp4").state == {}
 
 
 def nearest_fp8(x: Tensor, largest: Tensor) -> Tensor:

@@ -258,9 +258,9 @@ def test_calibration_must_be_complete_and_finite(
 
 def test_fp4_codes_one_by_one() -> None:
     """Nearest, ties to the even code, sign kept: against a search over all codes."""
-    values = torch.cat(
-        [torch.linspace(-7, 7, 2801), torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -2.5])]
-    )
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -2.5])
+    beside = [torch.nextafter(ties, torch.tensor(end)) for end in (-9.0, 9.0)]
+    values = torch.cat([torch.linspace(-7, 7, 2801), ties, *beside])
     found = quantize.e2m1_codes(values)
     for value, code in zip(values.tolist(), found.tolist(), strict=True):
         magnitudes = [abs(abs(value) - number) for number in quantize.E2M1_VALUES]

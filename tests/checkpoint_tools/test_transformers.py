@@ -27,7 +27,8 @@ from tests.checkpoint_tools.published import VOCABULARY, read_all
 TOLERANCE = 1e-4
 NEW_TOKENS = 32
 QUESTION = "bad cab gaffe?"
-PICTURE = Image.fromarray(np.random.default_rng(5).integers(0, 256, (90, 61, 3), dtype=np.uint8))
+# Two rows and two columns of tiles: in one column, their order could not be wrong.
+PICTURE = Image.fromarray(np.random.default_rng(5).integers(0, 256, (90, 93, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,10 @@ def test_logits_and_greedy_answers(
         **given, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, eos_token_id=-1
     )
     assert answer[0, given["input_ids"].shape[1] :].tolist() == said
+
+
+def test_the_picture_has_rows_and_columns(processor: Any) -> None:
+    assert len(processor.image_processor.tiles(PICTURE, 4)) == 2 * 2 + 1
 
 
 @torch.no_grad()
@@ -180,10 +185,8 @@ def theirs_radio(vision: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def test_nemotron_h_omni_reads_the_same_shards(
-    ours: OpenModel, release: Path, processor: Any
-) -> None:
+@pytest.fixture(scope="module")
+def omni(release: Path, offline: None) -> Any:
     """The native successor class, without audio, on the exported files as they are."""
     if not hasattr(transformers, "NemotronH_Omni_Reasoning_V3"):
         pytest.skip("this transformers has no nemotron_h_omni")
@@ -198,15 +201,79 @@ def test_nemotron_h_omni_reads_the_same_shards(
         vision_hidden_size=config["vit_hidden_size"],
         image_token_id=config["img_context_token_id"],
     )
-    model = transformers.NemotronH_Omni_Reasoning_V3.from_pretrained(
+    return transformers.NemotronH_Omni_Reasoning_V3.from_pretrained(
         release, config=omni, dtype=torch.float32
     ).eval()
+
+
+@torch.no_grad()
+def test_nemotron_h_omni_reads_the_same_shards(ours: OpenModel, omni: Any, processor: Any) -> None:
     given = inputs(processor, True)
     tiles = given.pop("pixel_values")
-    patch = config["patch_size"]
+    patch = ours.config.model.encoder.patch_size
     edge = tiles.shape[-1] // patch
     patches = tiles.unflatten(2, (edge, patch)).unflatten(4, (edge, patch))
     patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).flatten(1)
-    grid = torch.tensor([[edge, edge]] * len(tiles))
-    logits = model(**given, pixel_values=patches, image_grid_hw=grid).logits[0, -1]
-    assert worst(ours.last_logits(prompt(ours, True), []), logits[:VOCABULARY]) < TOLERANCE
+    given |= {
+        "pixel_values": patches,
+        "image_grid_hw": torch.tensor([[edge, edge]] * len(tiles)),
+    }
+    logits = omni(**given).logits[0, -1]
+    pack = prompt(ours, True)
+    assert worst(ours.last_logits(pack, []), logits[:VOCABULARY]) < TOLERANCE
+    decoding = ours.decoding(pack.num_tokens + NEW_TOKENS)
+    said = [int(decoding.prefill(pack).argmax())]
+    while len(said) < NEW_TOKENS:
+        said.append(int(decoding.push(said[-1]).argmax()))
+    answer = omni.generate(
+        **given, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, eos_token_id=-1
+    )
+    assert answer[0, given["input_ids"].shape[1] :].tolist() == said
+
+
+@torch.no_grad()
+def test_the_projectors_epsilon_on_small_features(
+    ours: OpenModel, theirs: nn.Module, omni: Any
+) -> None:
+    """On features of usual size a wrong epsilon moves nothing; on these it moves all."""
+    width = 4 * ours.config.model.encoder.hidden_size
+    features = 1e-3 * torch.randn(19, width, generator=torch.Generator().manual_seed(4))
+    made = ours.module.vision_projection(features.unsqueeze(1)).squeeze(1)
+    assert worst(made, theirs.mlp1(features)) < TOLERANCE
+    native = omni.multi_modal_projector
+    assert worst(made, native(features)) < TOLERANCE
+    native.layer_norm.variance_epsilon = 1e-6
+    assert worst(made, native(features)) > 1e3 * TOLERANCE
+    native.layer_norm.variance_epsilon = 1e-5
+
+
+@torch.no_grad()
+def test_the_epsilons_of_encoder_and_decoder_on_small_streams(
+    ours: OpenModel, theirs: nn.Module, processor: Any
+) -> None:
+    """Both read what embeddings 1024 times smaller give, where the first norms' epsilons count."""
+    module, small = ours.module, 2.0**-10  # scaling by it is exact, and so is undoing it
+    decoder, encoder = theirs.language_model, theirs.vision_model
+    scaled = [
+        module.language_model.embedding.word_embeddings.weight,
+        module.vision_model.embedder.weight,
+        module.vision_model.position_embeddings,
+        module.vision_model.class_token,
+        decoder.get_input_embeddings().weight,
+        *encoder.embeddings.parameters(),
+    ]
+    pack, given = prompt(ours, False), inputs(processor, False)
+    visual = visual_input(prompt(ours, True), torch.device("cpu"))
+    pixels = inputs(processor, True)["pixel_values"]
+    before = ours.last_logits(pack, [])
+    for parameter in scaled:
+        parameter.mul_(small)
+    try:
+        logits = ours.last_logits(pack, [])
+        assert worst(logits, before) > 10 * TOLERANCE
+        assert worst(logits, theirs(**given).logits[0, -1]) < TOLERANCE
+        features = module.vision_model(visual.patches_PF, visual.grids)
+        assert worst(features, encoder(pixels).features.flatten(0, 1)) < TOLERANCE
+    finally:
+        for parameter in scaled:
+            parameter.div_(small)

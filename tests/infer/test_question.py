@@ -39,7 +39,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         page.insert_obj(image)
         page.gen_content()
     document.save(folder / "pages.pdf")
+    pypdfium2.PdfDocument.new().save(folder / "empty.pdf")
     random = np.random.default_rng(5)
+    noise = Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    noise.save(folder / "whole.png")
+    (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:4000])
     with av.open(folder / "clip.mp4", "w") as container:
         stream = container.add_stream("mpeg4", rate=8)
         stream.width = stream.height = 64
@@ -100,9 +104,12 @@ def test_a_rate_out_of_range_is_refused(files: Path, stage: StageConfig) -> None
 @pytest.mark.parametrize(
     ("kind", "file", "says"),
     [
-        ("image", "clip.mp4", "not a picture that can be read; use JPEG or PNG"),
-        ("video", "red.png", "not a video that can be read; use MP4 or WebM"),
+        ("image", "clip.mp4", "not a picture that can be read .*; use JPEG or PNG"),
+        ("video", "red.png", "not a video that can be read .*; use MP4 or WebM"),
+        ("image", "pages.pdf", "not a picture .*; use --pdf for a document"),
+        ("image", "cut.png", r"cut\.png is not a picture that can be read .*truncated"),
         ("pdf", "red.png", "not a PDF that can be read"),
+        ("pdf", "empty.pdf", r"empty\.pdf is not a PDF that can be read"),
     ],
 )
 def test_a_file_of_another_kind_is_refused(files: Path, kind: str, file: str, says: str) -> None:
@@ -110,3 +117,11 @@ def test_a_file_of_another_kind_is_refused(files: Path, kind: str, file: str, sa
         asked("?", [(kind, str(files / file))])
     with pytest.raises(FileNotFoundError):
         asked("?", [(kind, str(files / "absent"))])
+
+
+def test_what_has_nothing_to_act_on_is_refused(files: Path) -> None:
+    picture = [("image", str(files / "red.png"))]
+    with pytest.raises(ValueError, match="pages were given without a pdf; add --pdf FILE"):
+        asked("?", picture, pages=(1, 2))
+    with pytest.raises(ValueError, match="a pruning rate was given without a video"):
+        asked("?", picture, evs_rate=0.5)
