@@ -12,13 +12,11 @@
 ARG BASE
 FROM ${BASE}
 
-# 9.0 is the H100, 10.0 the B200; fewer build faster.
-ARG TORCH_CUDA_ARCH_LIST="9.0;10.0"
-ENV TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST} \
-    MAX_JOBS=8 \
+ENV MAX_JOBS=8 \
     PIP_NO_CACHE_DIR=1
 
-# Kernels of the Mamba layers, compiled against the torch that is here. Versions may be pinned:
+# Kernels of the Mamba layers, compiled against the torch that is here, for every GPU that its nvcc
+# knows and they list (neither reads TORCH_CUDA_ARCH_LIST). Versions may be pinned:
 # --build-arg MAMBA_SSM=mamba-ssm==2.2.5
 ARG CAUSAL_CONV1D=causal-conv1d
 ARG MAMBA_SSM=mamba-ssm
@@ -38,7 +36,7 @@ RUN pip install --no-build-isolation --no-deps --editable . \
     && python -c 'from importlib.metadata import requires; \
 print("\n".join(r for r in requires("megatron-vl") if "extra ==" not in r and not r.startswith("torch")))' \
         > /tmp/requirements.txt \
-    && grep -E '^(megatron|omegaconf|safetensors|tokenizers|simplejpeg|av)' constraints.txt \
+    && grep -E '^(megatron-|omegaconf|safetensors|tokenizers|transformers|simplejpeg|av)' constraints.txt \
         > /tmp/constraints.txt \
     && pip install --constraint /tmp/constraints.txt --requirement /tmp/requirements.txt
 

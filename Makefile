@@ -2,13 +2,13 @@
 # test    setup, lint, and the test suite: what CI runs; TESTS="tests/config -k base" narrows it
 # lint    ruff and mypy
 # demo    trains the laptop recipe, releases it in three certified formats, asks the model questions,
-#         writes runs/demo/report.html
+#         writes runs/demo/report.html; on the CPU, unless CUDA_VISIBLE_DEVICES names GPUs for its ranks
 # released  makes stages/laptop/released anew: a small decoder and encoder, 20 minutes on one core
 # golden  trains the laptop recipe and writes docs/golden: its curves, and what layouts differ by
 # gpu-check   one table about this machine's GPU, with the python and packages found (GPU_PYTHON);
 #             gpu-wheels collects what such a machine may lack into build/wheels, beforehand
-# certify-vllm   asks vLLM's CPU build and this project the same questions of one export; makes
-#             .venv-vllm, about 3.5 GB, the first time
+# certify-vllm   asks vLLM's CPU build and this project the same questions of an export in each format;
+#             makes .venv-vllm, about 3.5 GB, the first time
 # clean   removes .venv and caches; runs/ and data/ stay
 #
 # TORCH_INDEX_URL  package index for torch alone; empty: the index pip is configured with.
@@ -37,6 +37,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+demo released golden: export CUDA_VISIBLE_DEVICES ?=
 
 demo: setup
 	$(BIN)/mvl data prepare stages/laptop

@@ -92,8 +92,14 @@ class ShortRun:
         return [RunFolder(self.path).stage(f"stage{number}") for number in range(5)]
 
 
-def mvl(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run the `mvl` command in a process of its own, from the repository's root."""
+def mvl(
+    *arguments: str, check: bool = True, seconds: float = 420
+) -> subprocess.CompletedProcess[str]:
+    """Run the `mvl` command in a process of its own, from the repository's root.
+
+    Args:
+        seconds: a command that hangs is ended then; several times what a busy machine takes.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", *arguments],
         cwd=REPOSITORY,
@@ -101,7 +107,7 @@ def mvl(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=420,
+        timeout=seconds,
         check=False,
     )
     if check:

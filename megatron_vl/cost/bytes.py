@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_vl.config.check_fp8 import bf16_layers
-from megatron_vl.config.schema import ParallelConfig, Part, Precision, StageConfig
+from megatron_vl.config.schema import Precision, StageConfig
 from megatron_vl.config.schema_distill import StudentFormat
-from megatron_vl.config.schema_model import ModelConfig
 from megatron_vl.cost.tensors import ParameterTensor, rank_tensors
 
 GRADIENT_BYTES = 4
@@ -116,14 +115,6 @@ def gradient_buffer(tensors: Sequence[ParameterTensor], shards: int) -> Buffer:
         end = start + tensor.size
     step = math.lcm(shards, _BUFFER_ALIGNMENT)
     return Buffer(tuple(places), -(-end // step) * step, shards)
-
-
-def rank_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> dict[str, int]:
-    """Parameters of each part (encoder, projector, decoder) on a rank of a pipeline stage."""
-    counts = dict.fromkeys((part.value for part in Part), 0)
-    for tensor in rank_tensors(model, parallel, stage):
-        counts[tensor.part] += tensor.size
-    return counts
 
 
 def _teacher_bytes(config: StageConfig, tensors: Sequence[ParameterTensor]) -> int:

@@ -29,22 +29,10 @@ from megatron_vl.data.headers import probe
 from megatron_vl.data.index import index_source
 from megatron_vl.data.laptop_material import RawSample
 from megatron_vl.data.laptop_sources import DEFAULT_SIZES, held_out_count, source_samples
+from megatron_vl.data.marker import MARKER, builder_digest, read_marker
 from megatron_vl.data.tokenizer import Tokenizer, train_tokenizer
 
-MARKER = "prepared.json"
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
-
-_BUILDER_FILES = (
-    "prepare.py",
-    "tokenizer.py",
-    "laptop_sources.py",
-    "laptop_material.py",
-    "laptop_described.py",
-    "laptop_text.py",
-    "documents.py",
-    "pictures.py",
-    "laptop_clips.py",
-)
 
 Progress = Callable[[str], None]
 
@@ -123,7 +111,7 @@ def prepare_laptop(
     root = Path(data.root)
     inputs = {
         "builder": "laptop",
-        "code": _code_digest(),
+        "code": builder_digest(),
         "seed": seed,
         "sizes": dict(sizes),
         "tile_size": data.tile_size,
@@ -192,23 +180,6 @@ def _released_tokenizer(data: DataConfig, model: ModelConfig) -> str:
             f"{model.vocab_size}; set model.vocab_size={entries}, or data.tokenizer= to train one"
         )
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def read_marker(root: Path) -> dict[str, Any] | None:
-    """What a finished build says about itself; None where there is no finished build."""
-    try:
-        marker = json.loads((root / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return marker if isinstance(marker, dict) and "digest" in marker else None
-
-
-def _code_digest() -> str:
-    """Digest of the builder's own source: other code, other data."""
-    digest = hashlib.sha256()
-    for name in _BUILDER_FILES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _replace(root: Path, building: Path) -> None:

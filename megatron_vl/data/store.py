@@ -75,7 +75,8 @@ class SourceStore:
         self.keys: tuple[str, ...] = self._native.keys(split) if self._native else self._tar_keys()
         """Keys of the split, in the order of its shards."""
         if not self.keys:
-            raise ValueError(f"{self.folder} has no samples in its {split} split")
+            more = "; `mvl data convert --held-out 0.1` holds some out" if split == "val" else ""
+            raise ValueError(f"{self.folder} has no samples in its {split} split{more}")
 
     def _tar_keys(self) -> tuple[str, ...]:
         path = EPath(self.folder)

@@ -14,7 +14,8 @@ scales of a step come from the steps before it alone, hence a second forward pas
 recompute) computes the same bytes. The history is saved with the optimizer state.
 
 Refuses (ValueError): a device that has no such products; on the Transformer Engine spec delayed
-scaling with BF16 ends, layers named in `fp8.keep_bf16`, and the drift meter.
+scaling with BF16 ends, layers named in `fp8.keep_bf16`, the drift meter, and images at their native
+resolution, whose patches are no multiple of what its products take.
 
 Costs: delayed scaling, two all-reduces of 3 numbers a linear each step.
 
@@ -31,8 +32,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_vl.config.check_fp8 import bf16_layers
+from megatron_vl.config.check_fp8 import TOKEN_MULTIPLE, bf16_layers
 from megatron_vl.config.schema import Fp8Config, Precision, StageConfig
+from megatron_vl.config.schema_data import Tiling
 from megatron_vl.engine.fp8_linear import Arithmetic, Blockwise, Delayed, Fp8Capable, Tensorwise
 from megatron_vl.engine.platform import PLATFORM
 from megatron_vl.kernels.fp8 import why_unsupported
@@ -140,6 +142,7 @@ def enable_fp8(
         return None
     own = list(own_linears(module))
     if not own:
+        _refuse_ragged_images(config)
         _set_core_fields(module, transformer_engine_fields(config.precision, config.fp8))
         return Fp8Layers({})
     blockwise = config.precision is Precision.fp8_blockwise
@@ -217,6 +220,18 @@ def transformer_engine_fields(precision: Precision, fp8: Fp8Config) -> dict[str,
         "num_layers_at_start_in_bf16": fp8.first_layers_bf16,
         "num_layers_at_end_in_bf16": fp8.last_layers_bf16,
     }
+
+
+def _refuse_ragged_images(config: StageConfig) -> None:
+    tiling = config.data.tiling
+    if tiling in (Tiling.native, Tiling.native_matched):
+        raise ValueError(
+            f"data.tiling is {tiling.name} in precision {config.precision.name}, but this "
+            "machine's layers are Transformer Engine's, whose FP8 products take multiples of "
+            f"{TOKEN_MULTIPLE} tokens, and whole images have any number; nearest valid: "
+            "data.tiling published, precision bf16, or a Python environment without Transformer "
+            "Engine, where products are filled up"
+        )
 
 
 def _set_core_fields(module: nn.Module, fields: dict[str, object]) -> None:

@@ -34,9 +34,10 @@ def join_world(
 
     Raises:
         PortTakenError: rank 0 cannot listen where the ranks are to meet.
+        ValueError: this machine has fewer GPUs than ranks.
     """
     if PLATFORM.device_type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(_own_gpu())
     try:
         torch.distributed.init_process_group(
             backend=PLATFORM.backend,
@@ -53,6 +54,18 @@ def join_world(
             "another process, so the ranks cannot meet there; start again (`mvl resume RUN` takes "
             "another port), or set MASTER_PORT where you start ranks by hand"
         ) from error
+
+
+def _own_gpu() -> int:
+    """This rank's GPU, of those it sees; Slurm may show each rank its own alone."""
+    place, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= gpus and "SLURM_PROCID" not in os.environ:
+        raise ValueError(
+            f"rank {place} of this machine has no GPU: there are {gpus}, and NCCL takes one for "
+            f"each rank; nearest valid: a layout of {gpus} ranks here (parallel.data={gpus} with "
+            "the other axes at 1), or CUDA_VISIBLE_DEVICES= (empty), which trains on the CPU"
+        )
+    return place % gpus
 
 
 def create(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:

@@ -108,15 +108,18 @@ def load_weights(
     state = read_state(folder)
     metadata = checkpoint_metadata(groups)
     _refuse_other_model(folder, module, groups)
-    tree = {
-        name: value
-        for name, value in module.sharded_state_dict(metadata=metadata).items()
-        # Objects are Transformer Engine's extra state; nothing else has any, or needs any read.
-        if PLATFORM.has_transformer_engine or not isinstance(value, ShardedObject)
+    described = module.sharded_state_dict(metadata=metadata)
+    # Objects are the linears' extra state, of which Transformer Engine alone reads any. Its norms
+    # have some too, which a checkpoint of the torch layer spec does not hold: they start without.
+    stored = _stored_objects(folder) if PLATFORM.has_transformer_engine else set()
+    left = {
+        name
+        for name, value in described.items()
+        if isinstance(value, ShardedObject) and value.unique_key not in stored
     }
-    wanted = set(tree)
-    loaded = _load(tree, folder)
-    module.load_state_dict({name: loaded[name] for name in wanted})
+    wanted = described.keys() - left
+    loaded = _load({name: described[name] for name in described if name in wanted}, folder)
+    module.load_state_dict({name: loaded[name] for name in wanted} | dict.fromkeys(left))
     return state
 
 
@@ -190,8 +193,16 @@ def load_calibration(folder: Path, trainee: Trainee) -> None:
         CheckpointError: the checkpoint holds none.
     """
     if trainee.distillation is not None:
-        student = trainee.distillation.student
-        student.restore(_load(dict(student.sharded()), folder))
+        restore_calibration(folder, trainee.distillation.student)
+
+
+def restore_calibration(folder: Path, student: fake_quant.FakeQuantized) -> None:
+    """Quantize a student by the calibration a checkpoint holds.
+
+    Raises:
+        CheckpointError: the checkpoint holds none.
+    """
+    student.restore(_load(dict(student.sharded()), folder))
 
 
 def layout_of(groups: ProcessGroupCollection) -> dict[str, int]:
@@ -257,11 +268,25 @@ def full_tensors(folder: Path, *, optimizer: bool = False) -> dict[str, Tensor]:
 
 def _tensor_entries(folder: Path) -> dict[str, Any]:
     """What the checkpoint says about each tensor it holds, by stored name."""
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    check_index(folder)
-    entries = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     return {
-        name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
+        name: entry
+        for name, entry in _entries(folder).items()
+        if isinstance(entry, TensorStorageMetadata)
     }
+
+
+def _stored_objects(folder: Path) -> set[str]:
+    """Names of what the checkpoint holds that is no tensor."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    return {n for n, entry in _entries(folder).items() if isinstance(entry, BytesStorageMetadata)}
+
+
+def _entries(folder: Path) -> dict[str, Any]:
+    """Everything in the checkpoint's index, by stored name."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    check_index(folder)
+    return FileSystemReader(str(folder)).read_metadata().state_dict_metadata

@@ -20,11 +20,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from megatron_vl.config.schema import OptimizerConfig, Part, StageConfig
 from megatron_vl.data import pictures
 from megatron_vl.data.laptop_patches import NAMES, POINTS, PatchBatch, draw_patches
+from megatron_vl.engine.platform import PLATFORM
 from megatron_vl.model.initialize import initialize
 from megatron_vl.model.vlm import PART_PREFIXES, VisionLanguageModel
 from megatron_vl.sequence.visual import PatchGrid
@@ -66,10 +68,14 @@ class PatchHead(nn.Module):
         return self.linear(normal_PE).split(self.sizes, dim=-1)
 
 
+def _on_device(values: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(values).to(PLATFORM.device)
+
+
 def _loss(scores: tuple[Tensor, ...], batch: PatchBatch) -> Tensor:
     """Mean cross-entropy of points and colours."""
-    targets = [torch.from_numpy(batch.classes_TP2[..., at]).flatten() for at in range(len(POINTS))]
-    targets.append(torch.from_numpy(batch.colours_TP).flatten())
+    targets = [_on_device(batch.classes_TP2[..., at]).flatten() for at in range(len(POINTS))]
+    targets.append(_on_device(batch.colours_TP).flatten())
     losses = [F.cross_entropy(*pair) for pair in zip(scores, targets, strict=True)]
     return torch.stack(losses).mean()
 
@@ -78,7 +84,7 @@ def _accuracy(scores: tuple[Tensor, ...], batch: PatchBatch) -> float:
     """Share of the points that show something, and of which the right thing was said."""
     right = seen = 0
     for at in range(len(POINTS)):
-        target = torch.from_numpy(batch.classes_TP2[..., at]).flatten()
+        target = _on_device(batch.classes_TP2[..., at]).flatten()
         shown = target != 0
         right += int(((scores[at].argmax(-1) == target) & shown).sum())
         seen += int(shown.sum())
@@ -114,7 +120,7 @@ def pretrain_encoder(
     initialize(module, groups, config.model, config.train.seed)
     encoder = module.vision_model
     torch.manual_seed(settings.seed)
-    head = PatchHead(config.model.encoder.hidden_size)
+    head = PatchHead(config.model.encoder.hidden_size).to(PLATFORM.device)
     trained = nn.ModuleList([encoder, head])
     optimizer = _adamw(trained, settings)
     schedule = OptimizerConfig(lr=settings.lr, warmup_fraction=0.05)
@@ -125,7 +131,7 @@ def pretrain_encoder(
     edge = sizes["tile_size"] // sizes["patch_size"]
 
     def scores_of(batch: PatchBatch) -> tuple[Tensor, ...]:
-        patches_PF = torch.from_numpy(batch.patches_TPF).flatten(0, 1)
+        patches_PF = _on_device(batch.patches_TPF).flatten(0, 1)
         return head(encoder(patches_PF, [PatchGrid(edge, edge)] * len(batch.patches_TPF)))
 
     draw = Random(f"{settings.seed}/train")

@@ -26,14 +26,14 @@ from megatron_vl.run.metrics import append_metrics
 from megatron_vl.run.receipt import CheckpointRef, Receipt, Seconds, Status, now
 from megatron_vl.run.stop import Stop, StopRequest
 from megatron_vl.run.versions import versions
-from megatron_vl.train.checkpoint import LoopState, step_folder
-from megatron_vl.train.checkpoint_save import Saver, longest_save
+from megatron_vl.train.checkpoint import step_folder
 from megatron_vl.train.data_account import TrainingData
 from megatron_vl.train.distill import calibrated_inputs, held_out_divergence
 from megatron_vl.train.drift import DriftMeter
 from megatron_vl.train.evaluate_sets import HeldOutLoss, evaluate_set, held_out_sets
 from megatron_vl.train.loss import sum_over_ranks
 from megatron_vl.train.meters import Meters, StepMetrics, utilisation
+from megatron_vl.train.saves import Saves
 from megatron_vl.train.schedule import learning_rate
 from megatron_vl.train.start import Start, start_stage
 from megatron_vl.train.step import StepResult, count, train_step
@@ -47,7 +47,6 @@ class Clock:
     born: float = field(default_factory=time.perf_counter)
     useful: float = 0.0
     waiting: float = 0.0
-    saving: float = 0.0
 
     def receipt(self, before: Seconds) -> Seconds:
         """Steps are useful, data is waiting, the rest (start, saves) is lost.
@@ -118,7 +117,6 @@ class Loop:
         self.trainee = start.trainee
         self.clock = clock
         self.stop = stop or StopRequest()
-        self.save_seconds: float | None = longest_save(run, stage)
         self.step_seconds = 0.0
         self.step = start.step
         self.last_result: StepResult | None = None
@@ -128,12 +126,6 @@ class Loop:
         self.timers = ScheduleTimers()
         self.trainee.module.config.timers = self.timers
         self.saves_told = 0.0
-        self.attempt = 0
-        self.saver = Saver(
-            self.trainee,
-            background=config.checkpoint.async_save,
-            any_layout=config.checkpoint.any_layout,
-        )
         self.drift = DriftMeter(config, self.trainee)
         self.loader = TrainingData(
             config,
@@ -143,6 +135,7 @@ class Loop:
             cursor=start.data_cursor,
             say=self.meters.say,
         )
+        self.saves = Saves(config, run, stage, start, self.loader, self.meters)
         self.trainable_names = {part.value for part in config.train.trainable}
 
     def run(self, attempt: int) -> Stop:
@@ -162,7 +155,7 @@ class Loop:
             if self._due(self.config.evaluation.every):
                 self._evaluate()
             if self._due(self.config.checkpoint.every):
-                self._begin_save(optimizer=True, attempt=attempt)
+                self.saves.begin(self.step, optimizer=True, attempt=attempt)
         return Stop.none
 
     def _agreed(self) -> Stop:
@@ -171,12 +164,12 @@ class Loop:
         In the same message the ranks tell whether they still write; when none does, the save that
         is under way is completed.
         """
-        seen = self.stop.look(self.save_seconds, self.step_seconds)
-        largest = torch.tensor([int(seen), int(self.saver.writing)], device=PLATFORM.device)
+        seen = self.stop.look(self.saves.longest, self.step_seconds)
+        largest = torch.tensor([int(seen), int(self.saves.writing)], device=PLATFORM.device)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         asked, writing = largest.tolist()
         if not writing:
-            self._end_save()
+            self.saves.end()
         return Stop(asked)
 
     def _due(self, every: int) -> bool:
@@ -224,11 +217,11 @@ class Loop:
                 hfu=utilisation(rank_hardware, self.config.train.peak_tflops),
                 seconds=seconds,
                 data_wait_s=loaded - began,
-                save_stall_s=self.clock.saving - self.saves_told,
+                save_stall_s=self.saves.waited - self.saves_told,
                 bubble=self._bubble(),
             )
         )
-        self.saves_told = self.clock.saving
+        self.saves_told = self.saves.waited
         self._tell_drift()
 
     def _bubble(self) -> float | None:
@@ -291,59 +284,14 @@ class Loop:
             for name, config in held_out_sets(self.run_folder, self.config).items():
                 self._evaluate_on(name, config, 1)
 
-    def _begin_save(self, *, optimizer: bool, attempt: int, last: bool = False) -> None:
-        """Start a save; `_end_save` makes it valid, at the latest before the next one begins."""
-        self._end_save()
-        began = time.perf_counter()
-        state = LoopState(
-            stage=self.stage.name,
-            step=self.step,
-            data_cursor=self.loader.cursor,
-            optimizer=optimizer,
-            trainable=sorted(self.trainable_names),
-            parent=self.start.parent.digest if self.start.parent else "",
-        )
-        self.stage.require_current(attempt)
-        # First the ledger: a checkpoint must not outlive what it has seen. The other way round, a
-        # line without its checkpoint is one that the next attempt writes again.
-        self.loader.saved(self.step)
-        self.saver.begin(step_folder(self.stage.checkpoints, self.step), state, last=last)
-        self.clock.saving += time.perf_counter() - began
-        self.attempt = attempt
-        if not self.config.checkpoint.async_save:
-            self._end_save()
-
-    def _end_save(self) -> None:
-        """Wait for the save that is under way, if one is, and journal it."""
-        if self.saver.under_way is None:
-            return
-        began = time.perf_counter()
-        attempt = self.attempt
-        saved = self.saver.end(lambda: self.stage.require_current(attempt))
-        self.clock.saving += time.perf_counter() - began
-        self.save_seconds = max(saved.seconds, self.save_seconds or 0.0)
-        if not self.speaks:
-            return
-        self.meters.say(
-            f"saved {saved.folder.name} in {saved.seconds:.2f} s; training waited "
-            f"{saved.stall_seconds:.2f} s of them"
-        )
-        self.run_folder.journal.append(
-            "saved",
-            stage=self.stage.name,
-            attempt=attempt,
-            step=saved.state.step,
-            seconds=saved.seconds,
-            stall_s=saved.stall_seconds,
-        )
-
     def finish(self, attempt: int, started: str) -> None:
         """Evaluate, save, and write the receipt: in this order, the receipt last."""
         self._evaluate()
         self._evaluate_all_sets()
         folder = step_folder(self.stage.checkpoints, self.step)
-        self._begin_save(optimizer=self.config.checkpoint.optimizer, attempt=attempt, last=True)
-        self._end_save()
+        optimizer = self.config.checkpoint.optimizer
+        self.saves.begin(self.step, optimizer=optimizer, attempt=attempt, last=True)
+        self.saves.end()
         self._close()
         calibration = calibrated_inputs(self.trainee)
         if not self.speaks:
@@ -358,8 +306,8 @@ class Loop:
     def leave(self, attempt: int, started: str, asked: Stop) -> None:
         """Save what the stage has learned since its last save, and write an incomplete receipt."""
         if self.step > self.start.step:
-            self._begin_save(optimizer=True, attempt=attempt)
-            self._end_save()
+            self.saves.begin(self.step, optimizer=True, attempt=attempt)
+            self.saves.end()
         self._close()
         if self.speaks:
             reason = f"{asked.words}; stopped after step {self.step} of {self.config.train.steps}"
@@ -374,7 +322,7 @@ class Loop:
     ) -> None:
         metrics: dict[str, object] = {**self.evaluations}
         metrics["goodput"] = round(goodput(self.run_folder, self.stage, started), 4)
-        metrics["save_stall_s"] = round(self.clock.saving, 3)
+        metrics["save_stall_s"] = round(self.saves.waited, 3)
         if self.last_result is not None:
             metrics |= {"loss": self.last_result.loss, "grad_norm": self.last_result.grad_norm}
         metrics |= self.loader.facts()

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.gpu.model import stage
+from megatron_vl.train.allocate import build_rank
+from megatron_vl.train.synthetic import Kind, samples_of
 from tests.conftest import REPOSITORY
 
 
@@ -41,6 +44,17 @@ def test_the_model(tmp_path: Path) -> None:
     assert "| exact | torch kernels, documents that move others | 0 of 9 |" in said
     assert "| exact | gradients that recomputation changes | 0 of" in said
     assert said.count("| tokens/s") + said.count("tokens/s |") == 5
+
+
+def test_the_stage_it_measures_is_for_one_gpu() -> None:
+    """Its base is the published recipe, which is for many."""
+    for length in (4096, 16384):
+        config = stage(False, "precision=fp8_blockwise", f"data.sequence_length={length}")
+        assert config.parallel.ranks == 1
+        assert len(samples_of(config, 0)) >= len(Kind)
+    built = build_rank(config, 0)
+    assert built.layers == config.model.decoder.pattern
+    assert built.bytes.weights + built.bytes.gradients + built.bytes.optimizer < 64 * 2**30
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_vl.config.schema import ParallelConfig, Part, Precision, StageConfig, TrainConfig
-from megatron_vl.cost.bytes import gradient_buffer, rank_bytes, rank_parameters
+from megatron_vl.config.schema_model import ModelConfig
+from megatron_vl.cost.bytes import gradient_buffer, rank_bytes
 from megatron_vl.cost.parameters import model_parameters
 from megatron_vl.cost.tensors import ParameterTensor, rank_tensors
 from megatron_vl.engine.layer_specs import TORCH_BLOCKS
@@ -19,6 +20,14 @@ from tests.support.ranks import RankPool
 from tests.support.sizes import full_size
 
 ALL = list(Part)
+
+
+def rank_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> dict[str, int]:
+    """Parameters of each part (encoder, projector, decoder) on a rank of a pipeline stage."""
+    counts = dict.fromkeys((part.value for part in Part), 0)
+    for tensor in rank_tensors(model, parallel, stage):
+        counts[tensor.part] += tensor.size
+    return counts
 
 
 def built(parallel: ParallelConfig, rank: int) -> dict[str, int]:

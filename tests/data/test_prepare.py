@@ -12,7 +12,8 @@ from megatron_vl.config.schema import StageConfig
 from megatron_vl.data.chat import visual_parts
 from megatron_vl.data.fit import headers_of
 from megatron_vl.data.laptop_sources import held_out_count, source_samples
-from megatron_vl.data.prepare import MARKER, TOKENIZER_FILE, prepare_laptop, read_marker
+from megatron_vl.data.marker import MARKER, built_by_other_code, read_marker
+from megatron_vl.data.prepare import TOKENIZER_FILE, prepare_laptop
 from megatron_vl.data.store import SourceStore
 from tests.data.conftest import SIZES
 
@@ -170,3 +171,12 @@ def test_a_released_tokenizer_is_taken_as_it_is(
     gone = replace(data, tokenizer=str(tmp_path / "nowhere.json"))
     with pytest.raises(FileNotFoundError, match="names no file"):
         prepare_laptop(gone, stage.model, seed=1, sizes={}, **quiet)
+
+
+def test_a_build_of_another_builder_is_told_apart(root: Path, tmp_path: Path) -> None:
+    assert not built_by_other_code(root)
+    assert not built_by_other_code(tmp_path)
+    marker = json.loads((root / MARKER).read_text())
+    marker["inputs"]["code"] = "0" * 16
+    (tmp_path / MARKER).write_text(json.dumps(marker))
+    assert built_by_other_code(tmp_path)

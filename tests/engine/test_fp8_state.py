@@ -254,6 +254,18 @@ def test_transformer_engine_refuses_what_megatron_core_refuses(model: VisionLang
             transformer_engine_fields(delayed, wrong)
 
 
+def test_transformer_engine_refuses_images_of_any_size(
+    model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its FP8 products assert multiples of 8 and 16 in the middle of a step."""
+    monkeypatch.setattr(fp8_state, "own_linears", lambda module: iter(()))
+    config = stage("fp8_blockwise", "data.tiling=native_matched")
+    with pytest.raises(
+        ValueError, match=r"native_matched .* nearest valid: data\.tiling published"
+    ):
+        enable_fp8(model, config, model.vision_model.decoder.pg_collection)
+
+
 def test_a_device_without_such_products_is_refused(
     model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,3 +48,18 @@ def test_pretending_inside_a_real_world_is_refused() -> None:
         pretend_rank(ParallelConfig()),
     ):
         pass
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would say "Duplicate GPU detected", after a while and without a way out."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert process_groups._own_gpu() == 1
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(
+        ValueError, match=r"there are 2, .*parallel\.data=2 .*CUDA_VISIBLE_DEVICES="
+    ):
+        process_groups._own_gpu()
+    monkeypatch.setenv("SLURM_PROCID", "2")
+    assert process_groups._own_gpu() == 0

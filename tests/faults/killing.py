@@ -18,8 +18,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
+import psutil
 import torch
 
 from megatron_vl.data.ledger import lineage
@@ -148,8 +150,8 @@ class Killer:
     def end_orphans(self) -> None:
         """Wait until ranks whose launcher was killed have left."""
         deadline = time.monotonic() + GRACE_SECONDS
-        pids = [pid for event in self._started() for pid in event["pids"]]
-        while alive := [pid for pid in pids if _alive(pid)]:
+        ranks = [(pid, event["time"]) for event in self._started() for pid in event["pids"]]
+        while alive := [pid for pid, told in ranks if _alive(pid, told)]:
             forked.reap_orphans()
             if time.monotonic() > deadline:
                 raise AssertionError(self._told(f"processes {alive} outlived their launcher"))
@@ -204,12 +206,17 @@ def _kinds(folder: Path) -> str:
     return f"{files} ranks' files" if files else "planned, nothing written"
 
 
-def _alive(pid: int) -> bool:
+def _alive(pid: int, told: str) -> bool:
+    """Whether the process that the journal told of is there: its number may be another's by now.
+
+    Args:
+        told: when the journal said so, in whole seconds.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        began = psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
         return False
-    return True
+    return began < datetime.fromisoformat(told).timestamp() + 1.0
 
 
 def compare(one: Killer, other: Killer) -> dict[str, object]:

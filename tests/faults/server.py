@@ -47,7 +47,7 @@ def _limited(arguments: list[str], limits: dict[str, int]) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if "port" in limits:
-        launch.local._free_port = lambda: limits["port"]
+        launch.local.free_port = lambda: limits["port"]
     return launch.cli.main(arguments)
 
 

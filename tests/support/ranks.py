@@ -1,8 +1,8 @@
 """A pool of real gloo ranks that outlives a test: imports are paid once, layouts come and go.
 
 `RankPool.run(n, function, ...)` runs a module-level function on n ranks of one world and returns
-what each gave back. A rank that raises fails the call with its traceback; a rank that hangs is
-found by the deadline, and the pool is started anew for the next call.
+what each gave back. A rank that raises fails the call with its traceback; ranks that hang are found
+by what they compute (`_Patience`), and the pool is started anew for the next call.
 """
 
 import contextlib
@@ -10,13 +10,21 @@ import gc
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-DEADLINE_SECONDS = 240.0
+import psutil
+
+CPU_SECONDS = 240.0
+"""A rank that has computed for so long does not end."""
+IDLE_SECONDS = 90.0
+"""Ranks none of which has computed for so long wait for each other."""
+LONGEST_SECONDS = 1800.0
+_TICK_SECONDS = 2.0
 
 
 class RankFailed(AssertionError):
@@ -59,6 +67,33 @@ def _forget_models() -> None:
     gc.collect()
 
 
+class _Patience:
+    """How long a job may take: in CPU time, because a busy machine gives its ranks little of it."""
+
+    def __init__(self, processes: Sequence[multiprocessing.process.BaseProcess]) -> None:
+        self._processes = [psutil.Process(process.pid) for process in processes]
+        self._started = self._moved = time.monotonic()
+        self._at_start = self._seen = self._computed()
+
+    def _computed(self) -> list[float]:
+        return [sum(process.cpu_times()[:2]) for process in self._processes]
+
+    def check(self, rank: int) -> None:
+        """Raise RankFailed when the answer of `rank` is no longer to be expected."""
+        now = time.monotonic()
+        try:
+            computed = self._computed()
+        except psutil.Error as error:
+            raise RankFailed(f"a rank died while {rank} was awaited") from error
+        if sum(computed) - sum(self._seen) > 0.5:
+            self._seen, self._moved = computed, now
+        spent = computed[rank] - self._at_start[rank]
+        if spent > CPU_SECONDS or now - self._started > LONGEST_SECONDS:
+            raise RankFailed(f"no answer after {spent:.0f} s of CPU, {now - self._started:.0f} s")
+        if now - self._moved > IDLE_SECONDS:
+            raise RankFailed(f"no answer, and no rank has computed for {IDLE_SECONDS:.0f} s")
+
+
 class RankPool:
     """Up to `size` processes, started on first use.
 
@@ -87,7 +122,8 @@ class RankPool:
             chosen = self._processes[:ranks]
             for rank, (_, connection) in enumerate(chosen):
                 connection.send((rank, ranks, str(world), function, args))
-            return [self._answer(rank, *one) for rank, one in enumerate(chosen)]
+            patience = _Patience([process for process, _ in chosen])
+            return [self._answer(rank, one[1], patience) for rank, one in enumerate(chosen)]
 
     def _start_one(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -98,12 +134,10 @@ class RankPool:
         theirs.close()
         self._processes.append((process, ours))
 
-    def _answer(
-        self, rank: int, process: multiprocessing.process.BaseProcess, connection: Connection
-    ) -> Any:
+    def _answer(self, rank: int, connection: Connection, patience: _Patience) -> Any:
         try:
-            if not connection.poll(DEADLINE_SECONDS):
-                raise RankFailed(f"rank {rank} did not answer within {DEADLINE_SECONDS:.0f} s")
+            while not connection.poll(_TICK_SECONDS):
+                patience.check(rank)
             worked, result = connection.recv()
         except (EOFError, RankFailed) as error:
             self.close()

@@ -1,8 +1,8 @@
 """transformers' own decoder, holding a model's weights."""
 
-import transformers
 from torch import Tensor, nn
 
+from bench.nemotron_h import empty_nemotron_h
 from megatron_vl.config.schema import StageConfig
 from megatron_vl.model.vlm import VisionLanguageModel
 
@@ -53,27 +53,7 @@ def decoder_weights(model: VisionLanguageModel, config: StageConfig) -> dict[str
 
 def their_decoder(model: VisionLanguageModel, config: StageConfig) -> nn.Module:
     """NemotronHForCausalLM with our decoder's weights."""
-    sizes = config.model.decoder
-    theirs = transformers.NemotronHForCausalLM(
-        transformers.NemotronHConfig(
-            vocab_size=config.model.padded_vocab_size,
-            hidden_size=sizes.hidden_size,
-            hybrid_override_pattern=sizes.pattern,
-            num_attention_heads=sizes.num_attention_heads,
-            num_key_value_heads=sizes.num_query_groups,
-            head_dim=sizes.head_dim,
-            intermediate_size=sizes.ffn_hidden_size,
-            ssm_state_size=sizes.mamba_state_dim,
-            mamba_num_heads=sizes.mamba_num_heads,
-            mamba_head_dim=sizes.mamba_head_dim,
-            n_groups=sizes.mamba_num_groups,
-            chunk_size=sizes.mamba_chunk_size,
-            layer_norm_epsilon=sizes.norm_epsilon,
-            # transformers clamps dt from below at this value, whatever time_step_limit says;
-            # megatron-core and mamba_ssm do not clamp.
-            time_step_min=1e-30,
-        )
-    )
+    theirs = empty_nemotron_h(config.model)
     missing, unexpected = theirs.load_state_dict(decoder_weights(model, config), strict=False)
     assert not missing
     assert not unexpected

@@ -35,6 +35,6 @@ def two_steps(run_path: Path, name: str, saved: float) -> None:
     groups = process_groups.create(config.parallel, config.train.seed)
     loop = Loop(config, run, stage, start_stage(config, run, stage, groups), Clock())
     loop._one_step()
-    loop.clock.saving += saved
+    loop.saves.waited += saved
     loop._one_step()
     loop._close()

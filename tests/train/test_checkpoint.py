@@ -1,14 +1,18 @@
 """Checkpoint folders that cannot be used, and folders that are replaced."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_vl.engine import process_groups
+from megatron_vl.engine.platform import PLATFORM
 from megatron_vl.model.initialize import initialize
 from megatron_vl.model.vlm import VisionLanguageModel
+from megatron_vl.train import checkpoint as train_checkpoint
 from megatron_vl.train.build import build_model, prepare_training
 from megatron_vl.train.checkpoint import (
     CheckpointError,
@@ -55,6 +59,35 @@ def test_what_is_loaded_is_what_is_stored(world: None, stage: MakeConfig, checkp
         whole = torch.cat([stored.pop(key) for key in names if key in stored])
         assert torch.equal(whole, parameter), name
     assert not stored
+
+
+def test_a_checkpoint_of_the_torch_spec_lacks_some_extra_state(
+    world: None, stage: MakeConfig, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Transformer Engine is, its norms ask for a state that no other machine writes."""
+    monkeypatch.setattr(
+        train_checkpoint, "PLATFORM", replace(PLATFORM, has_transformer_engine=True)
+    )
+    stored = train_checkpoint._stored_objects
+    absent = "language_model.decoder.layers.0.mixer.in_proj._extra_state/shard_0_1"
+    assert absent in stored(checkpoint)
+    asked: list[str] = []
+    read = train_checkpoint._load
+
+    def load(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+        asked.extend(tree)
+        return read(tree, folder)
+
+    monkeypatch.setattr(
+        train_checkpoint, "_stored_objects", lambda folder: stored(folder) - {absent}
+    )
+    monkeypatch.setattr(train_checkpoint, "_load", load)
+    module = load_into(stage, checkpoint)
+    state = [name for name in asked if name.endswith("_extra_state")]
+    assert absent.partition("/")[0] not in state
+    assert len(state) == len(stored(checkpoint)) - 1
+    weight = full_tensors(checkpoint)["vision_model.class_token"]
+    assert torch.equal(module.vision_model.class_token, weight)
 
 
 def test_a_missing_folder_is_named_with_what_a_good_one_holds(

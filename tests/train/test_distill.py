@@ -1,26 +1,25 @@
 """Quantization-aware distillation: what it lowers, what it leaves, at several layouts, cut off and
-gone on with; and that a release holds the numbers it trained with."""
+gone on with. What is made of a student: `tests/checkpoint_tools/test_distilled.py`."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint_tools.export_hf import ExportOptions, export
-from megatron_vl.config.load import load_stage, to_yaml
-from megatron_vl.run.folder import RunFolder
 from megatron_vl.train.checkpoint import full_tensors
-from tests.conftest import DRAWN, LAPTOP, TINY, SmallData
+from tests.conftest import LAPTOP, SmallData
 from tests.support.ranks import RankPool
 from tests.train import distill_jobs
 from tests.train.conftest import QUICK
 from tests.train.distill_jobs import Distilled
-from tests.train.stage_jobs import run_stage
 
 pytestmark = pytest.mark.distributed
 
 QAD = LAPTOP / "qad_nvfp4.yaml"
-COMMON = [*QUICK, "distill.calibration_batches=2", "train.steps=4", "evaluation.batches=1"]
+COMMON = [
+    *QUICK, "distill.calibration_batches=2", "train.steps=4", "evaluation.batches=1",
+    "optimizer.lr=1e-4",  # the recipe's is for eight times the batch
+]  # fmt: skip
 
 
 def distilled(
@@ -113,25 +112,3 @@ def test_goes_on_bitwise(
     weights = full_tensors(cut)
     assert weights.keys() == full_tensors(checkpoint).keys()
     assert torch.is_floating_point(next(iter(weights.values())))
-
-
-def test_a_release_holds_the_numbers_the_student_trained_with(
-    ranks: RankPool, small_data: SmallData, tmp_path: Path
-) -> None:
-    """A whole stage after another; its receipt's loss is that of the exported bytes, by the
-    calibration it trained under, which an export takes unasked."""
-    run = RunFolder(tmp_path / "run")
-    files = {"init": DRAWN, "qad_nvfp4": QAD}
-    run.create({"stages": [{"name": n, "folder": f"{i:02}_{n}"} for i, n in enumerate(files)]})
-    common = [small_data.override, *TINY, "train.steps=2", "evaluation.packs=0"]
-    for name, file in files.items():
-        config = load_stage(file, [*common, "evaluation.every=0", "evaluation.batches=1"])
-        run.stage(name).config_path.write_text(to_yaml(config))
-        ranks.run(1, run_stage, run.path, name)
-    stage, out = run.stage("qad_nvfp4"), tmp_path / "out"
-    export(stage.path, out, ExportOptions("nvfp4"), lambda progress: None)
-    (loss,) = ranks.run(1, distill_jobs.released_loss, stage.path, out)
-    receipt = stage.receipt()
-    assert receipt is not None
-    assert receipt.metrics["eval/val"] == pytest.approx(loss, rel=1e-6)
-    assert 0 < receipt.metrics["eval/val_divergence"] < 0.1

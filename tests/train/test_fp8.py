@@ -134,7 +134,8 @@ def test_recompute_and_measuring_change_no_bit(
 
 
 START, LONG, LAST = 150, 200, 50
-COURSE = [f"train.steps={START + LONG}"]
+# A rate of its own: the recipe's is tuned for other weights, and drawn ones learn nothing at it.
+COURSE = [f"train.steps={START + LONG}", "optimizer.lr=2.0e-3"]
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,13 @@ def kept_ids(request: Request, out: Path) -> set[str]:
     return found
 
 
+def test_a_source_that_holds_nothing_out_says_how_to(base: Request, tmp_path: Path) -> None:
+    convert(replace(base, out=tmp_path / "set", limit=4))
+    assert SourceStore(tmp_path, "set", "train").keys
+    with pytest.raises(ValueError, match="no samples in its val split; `mvl data convert --held"):
+        SourceStore(tmp_path, "set", "val")
+
+
 def test_fractions_nest(base: Request, tmp_path: Path) -> None:
     every = {f"{part}-{index}" for part in range(2) for index in range(ROWS // 2)}
     found = {
