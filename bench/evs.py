@@ -10,9 +10,8 @@ N runs counts. The prediction is `megatron_vl.cost`'s forward FLOPs, logits of o
 
 FLOPs say nothing of memory. glibc hands tensors above 32 MB back to the kernel when they are freed
 and has the pages of the next one zeroed again; the whole clip's activations are above, a pruned
-one's below. That alone made the whole clip a fifth to a third slower a token, and the gain 1.2 to
-1.4 times the predicted one, so this process keeps what it frees (`keep_freed_memory`), as the
-caching allocator of a GPU does.
+one's below. That makes the whole clip's operations a fifth to a third slower a token, so this
+process keeps what it frees (`keep_freed_memory`), as the caching allocator of a GPU does.
 
 Exits 1 where pruning gains less than `BAR` of what its FLOPs predict.
 """

@@ -1,4 +1,4 @@
-"""transformers' own nemotron_h at a model's sizes, the other side of `bench/train_step.py` and of
+"""transformers' own nemotron_h at a model's sizes, the other side of `bench.train_step` and of
 the tests that compare layers, logits and greedy tokens with code nobody here wrote.
 
 One place for the sizes: a key that one of its users forgot would compare two different models.

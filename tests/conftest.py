@@ -27,11 +27,14 @@ TINY = ("parallel.data=1", "train.global_batch=1", "data.sequence_length=256")
 
 
 def pytest_configure() -> None:
-    """Let signals arrive: what the tests start inherits this process's mask.
+    """Let signals arrive: what the tests start inherits this process's mask and what it ignores.
 
-    Whoever started the test run may have blocked SIGTERM, and then nothing it ends would end.
+    Whoever started the test run may have blocked SIGTERM, and then nothing it ends would end, or
+    have it ignore SIGHUP, as nohup does.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a certificate is made of: checks with what they measured and the bound they were held to."""
 
+import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -63,7 +64,11 @@ class Bounds:
         for word in words:
             name, _, value = word.partition("=")
             if name not in published:
-                raise ValueError(f"{word!r}: bounds are {', '.join(published)}")
+                near = difflib.get_close_matches(name, published, 1, 0.0)[0]
+                raise ValueError(
+                    f"--bound {word}: there is no bound {name!r}; nearest valid: {near} (there are "
+                    f"{', '.join(published)})"
+                )
             try:
                 given[name] = type(published[name])(value)
             except ValueError:

@@ -37,7 +37,7 @@ def test_bounds_are_parsed_and_told() -> None:
     bounds = Bounds.parse(["kl_nvfp4=0.05", "prompts=8"])
     assert bounds.changed() == {"kl_nvfp4": [2e-2, 0.05], "prompts": [50, 8]}
     for words, message in (
-        (["kl=1"], "bounds are layers, "),
+        (["kl_nvfp5=1"], "nearest valid: kl_nvfp4 "),
         (["prompts=1.5"], "a whole number"),
         (["kl_fp8=x"], "is a number"),
         (["kl_fp8=-1"], "the least is 0"),

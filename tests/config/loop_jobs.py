@@ -10,6 +10,7 @@ from megatron_vl.config.load import load_stage, to_yaml
 from megatron_vl.run.folder import RunFolder
 from megatron_vl.run.metrics import read_metrics
 from megatron_vl.train import main as loop_room
+from megatron_vl.train import saves as saves_room
 from megatron_vl.train.checkpoint import read_state
 
 
@@ -21,7 +22,7 @@ def loop_facts(file: Path, overrides: list[str], folder: Path) -> dict[str, Any]
     stage = run.stage(config.name)
     stage.config_path.write_text(to_yaml(config))
     asked: dict[str, Any] = {}
-    plain, threads = loop_room.Saver, torch.get_num_threads()
+    plain, threads = saves_room.Saver, torch.get_num_threads()
     groups = loop_room.process_groups
     joins = groups.join_world, groups.leave_world
 
@@ -30,14 +31,14 @@ def loop_facts(file: Path, overrides: list[str], folder: Path) -> dict[str, Any]
             asked.update(kwargs)
             super().__init__(*args, **kwargs)
 
-    loop_room.Saver = Told  # type: ignore[misc]
+    saves_room.Saver = Told  # type: ignore[misc]
     # The pool's rank is in its world already and leaves it by itself.
     groups.join_world = groups.leave_world = lambda: None  # type: ignore[assignment]
     try:
         loop_room.train_stage(config, run, stage, stage.start_attempt())
         used = torch.get_num_threads()
     finally:
-        loop_room.Saver = plain  # type: ignore[misc]
+        saves_room.Saver = plain  # type: ignore[misc]
         groups.join_world, groups.leave_world = joins
         torch.set_num_threads(threads)
     lines = read_metrics(stage.metrics_path)

@@ -123,7 +123,7 @@ class Killer:
         begun = self._step()
         if at_save:
             self._wait_for(lambda: self._unfinished() is not None, "a save")
-            time.sleep(self._random.uniform(0.0, 1.2) * self._save_seconds())
+            time.sleep(self._random.uniform(0.0, 0.9) * self._save_seconds())
         else:
             wanted = begun + self._random.randrange(3)
             self._wait_for(lambda: self._step() >= wanted, f"step {wanted}")

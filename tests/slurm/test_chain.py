@@ -77,11 +77,11 @@ def test_an_interrupted_submission_starts_nothing_and_the_next_completes_it(
 @pytest.mark.parametrize(
     ("site", "hint"),
     [
-        ({"job": {"partition": "moon"}}, "set job.partition of the site"),
-        ({"job": {"constraint": "h100"}}, "set job.constraint"),
-        ({"job": {"memory": "9000G"}}, "or job.memory of the site"),
-        ({"job": {"account": "others"}}, "yours is team(.|\n)*set job.account of the site"),
-        ({"time": {"limit_minutes": 300}}, "above 4 hours(.|\n)*lower time.limit_minutes"),
+        ({"job": {"partition": "moon"}}, "job.partition of the site is moon; nearest valid: high"),
+        ({"job": {"constraint": "h100"}}, "of the site is h100(.|\n)*leave the key out"),
+        ({"job": {"memory": "9000G"}}, "--mem=9000G; there is 4 idle nodes"),
+        ({"job": {"account": "others"}}, "yours is team(.|\n)*job.account of the site is others"),
+        ({"time": {"limit_minutes": 300}}, "above 4 hours(.|\n)*limit_minutes of the site is 300"),
     ],
 )
 def test_what_slurm_would_refuse_is_refused_before_anything_is_queued(

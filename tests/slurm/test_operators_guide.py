@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -85,14 +86,15 @@ def test_the_ten_minutes_run_as_written(cluster: Cluster, place: Path, own_clust
 def test_every_command_of_the_guide_is_one() -> None:
     parser = build_parser()
     text = GUIDE.read_text()
-    commands = [
-        line.partition("#")[0] for block in BLOCK.findall(text) for line in block.split("\n")
-    ]
+    commands = [line for block in BLOCK.findall(text) for line in block.split("\n")]
     commands += re.findall(r"^    (mvl .+)$", text, re.MULTILINE)
-    for words in (line.split() for line in commands if line.startswith("mvl ")):
+    commands = [line for line in commands if line.startswith("mvl ")]
+    for words in (shlex.split(line, comments=True) for line in commands):
         found, rest = parser.parse_known_args(words[1:])
         assert all("=" in word for word in rest), words
-        assert found.command in ("plan", "submit", "status", "logs", "resume", "report", "data")
+        assert found.command in (
+            "plan", "submit", "status", "logs", "resume", "report", "data", "nodes",
+        )  # fmt: skip
 
 
 def test_the_table_of_classes_tells_what_the_code_does() -> None:
