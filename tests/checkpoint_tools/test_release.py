@@ -172,7 +172,7 @@ def test_a_user_is_told(served: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     out = str(tmp_path / "out")
     for words, message in (
         (["release", out], "nothing to release: name a checkpoint for bf16 or fp8 or nvfp4"),
-        (["release", out, "--bf16", str(served), "--bound", "kl=3"], "'kl=3': bounds are layers"),
+        (["release", out, "--bf16", str(served), "--bound", "kl=3"], "nearest valid: kl_fp8"),
         (["certify", str(tmp_path), "--against", str(served)], "is no release"),
         (["calibrate", str(served), out, "--packs", "0"], "over 0 packs; the least is 1"),
     ):
