@@ -96,17 +96,9 @@ class Workspace:
             (self.path / name).unlink(missing_ok=True)
         # At once, as one commit of the file system's journal then serves many.
         with ThreadPoolExecutor(_SYNCS) as pool:
-            list(pool.map(_sync, [*self.path.rglob("*"), self.path]))
+            list(pool.map(atomic.sync, [*self.path.rglob("*"), self.path]))
         os.rename(self.path, self.final)
-        _sync(self.final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        atomic.sync(self.final.parent)
 
 
 def files_identity(folder: Path) -> dict[str, list[int]]:

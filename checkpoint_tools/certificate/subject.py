@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint_tools.decode import decoded_weight
+from checkpoint_tools.decode import decoded_weight, read_decoded
 from checkpoint_tools.errors import ConversionError
 from checkpoint_tools.explain import PROVENANCE_FILE
 from checkpoint_tools.export_hf import FORMATS, export_tasks
@@ -89,16 +89,10 @@ class Subject:
 
     def persisted(self, rule: Rule, _: Sequence[Tensor]) -> list[Tensor]:
         """A rule's stored tensors as the files of the release give them back."""
-        return rule.to_stored([self._read_decoded(slot.name, rule) for slot in rule.published])
+        return rule.to_stored([self._decoded(slot.name, rule) for slot in rule.published])
 
-    def _read_decoded(self, name: str, rule: Rule) -> Tensor:
-        """A published tensor, decoded where it is quantized."""
-        if self.chosen is None or not applies(rule):
-            return self.published.read(name)
-        module = name.removesuffix(".weight")
-        names = (n for n in outputs(rule, self.chosen) if n.rpartition(".")[0] == module)
-        held = {name: self.published.read(name) for name in names}
-        return decoded_weight(held, module, self.chosen)
+    def _decoded(self, name: str, rule: Rule) -> Tensor:
+        return read_decoded(self.published.read, name, rule, self.chosen)
 
     def decoded(self) -> Iterator[tuple[str, Tensor]]:
         """The release's own tensors, quantized ones as the numbers they stand for, under the names
@@ -108,7 +102,7 @@ class Subject:
                 yield constant.name, self.published.read(constant.name)
         for rule in self.table.rules:
             for slot in rule.published:
-                yield slot.name, self._read_decoded(slot.name, rule)
+                yield slot.name, self._decoded(slot.name, rule)
 
 
 def open_subject(published: PublishedFolder, source: StageSource) -> Subject:

@@ -213,20 +213,12 @@ def _publish(partial: Path, folder: Path, state: LoopState) -> None:
     """Mark the written folder complete and give it its name."""
     old = folder.with_name(folder.name + REPLACED_SUFFIX)
     for path in partial.iterdir():
-        _sync(path)
+        atomic.sync(path)
     atomic.write_text(partial / STATE_FILE, json.dumps(asdict(state), indent=1) + "\n")
     if folder.exists():
         # Deleting takes a while, and half a checkpoint must not keep its name meanwhile.
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
     os.replace(partial, folder)
-    _sync(folder.parent)
+    atomic.sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -105,6 +105,7 @@ def run_words(words: list[str], base: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        timeout=1500,
         check=False,
     )
 
